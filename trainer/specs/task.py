@@ -1,0 +1,53 @@
+"""What one stage is told: the part of a recipe that it reads, and nothing else."""
+
+from dataclasses import replace
+
+from trainer.specs.base import require_positive, spec
+from trainer.specs.evaluate import EvaluateSpec
+from trainer.specs.final import FinalSpec
+from trainer.specs.model import ModelSpec
+from trainer.specs.recipe import Observe, Recipe
+from trainer.specs.train import Averages, TrainSpec, ema_entry
+
+
+@spec
+class TrainTask:
+    """One training. `parity_window` is the block length of its own end-of-run score."""
+
+    model: ModelSpec
+    train: TrainSpec
+    parity_window: int
+    observe: Observe = Observe()
+
+    def __post_init__(self) -> None:
+        require_positive(parity_window=self.parity_window)
+
+
+@spec
+class FinalTask:
+    """One final of a bank entry: raw, ema-<decay> or swa."""
+
+    entry: str
+    final: FinalSpec
+    evaluate: EvaluateSpec
+
+
+def train_task(recipe: Recipe) -> TrainTask:
+    """The training that a recipe asks for. Which EMA a final takes is not the training's concern:
+    a chosen decay and a banked one make the same task."""
+    averages = recipe.train.averages
+    kept = Averages(ema_bank=averages.decays(), swa=averages.swa)
+    return TrainTask(
+        model=recipe.model,
+        train=replace(recipe.train, averages=kept),
+        parity_window=recipe.evaluate.window,
+        observe=recipe.observe,
+    )
+
+
+def final_task(recipe: Recipe) -> FinalTask:
+    """The final that a recipe asks for."""
+    decay = recipe.train.averages.ema_decay
+    takes_ema = recipe.final.average == "ema" and decay is not None
+    entry = ema_entry(decay) if takes_ema else recipe.final.average
+    return FinalTask(entry=entry, final=recipe.final, evaluate=recipe.evaluate)
