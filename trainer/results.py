@@ -1,0 +1,84 @@
+"""What each stage returns, as it stands in its result.json. Pure data."""
+
+from trainer.specs.base import spec
+
+
+@spec
+class Totals:
+    """Sums over scored predictions: what bits per byte is made of."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+
+@spec
+class Score:
+    """A scored text. val_loss is in nats per token; eval_clock_s excludes loading."""
+
+    val_bpb: float
+    val_loss: float
+    tokens: int
+    bytes: int
+    eval_clock_s: float
+
+
+@spec
+class TrainResult:
+    """A finished training. Clocks are the slowest rank's seconds by phase."""
+
+    steps: int
+    steps_computed: int
+    """Steps that this process ran itself: fewer than `steps` after a resume."""
+    num_params: int
+    tokens: int
+    world_size: int
+    train_clock_s: float
+    clock_s: dict[str, float]
+    final_train_loss: float
+    untrained_val_bpb: float
+    entries: tuple[str, ...]
+    """What the bank holds: raw, ema-<decay>, swa."""
+    parity_entry: str
+    parity_bpb: float
+    """The trainer's own end-of-run score of `parity_entry`, blocks without overlap."""
+    parity_tolerance: float
+
+
+@spec
+class Rule:
+    """One audit rule's verdict."""
+
+    id: str
+    verdict: str  # pass | fail | not checked
+    detail: str
+    source: str
+
+
+@spec
+class ParityResult:
+    """A bank entry scored again by a fresh process. A failed rule quarantines the bank."""
+
+    fresh_bpb: float
+    rule: Rule
+
+
+@spec
+class FinalResult:
+    """A finalized and scored artifact."""
+
+    entry: str
+    num_params: int
+    artifact_bytes: int
+    weights_bytes: int
+    code_bytes: int
+    forecast_bytes: int
+    weights_sha256: str
+    score: Score
+    audit: tuple[Rule, ...]
+    finalize_clock_s: float
+
+    @property
+    def audit_verdict(self) -> str:
+        """`fail` if any rule failed, else `pass`."""
+        return "fail" if any(rule.verdict == "fail" for rule in self.audit) else "pass"
