@@ -1,0 +1,71 @@
+"""Averages of the weights: the EMA bank and SWA, in float32 on the weights' device."""
+
+import torch
+from torch import Tensor, nn
+
+from trainer.specs.train import Averages, ema_entry
+
+
+class AverageBank:
+    """One EMA shadow per decay, all updated at once, and a running SWA sum.
+
+    EMA: E ← αE + (1−α)p after every step, from the initial weights, without bias correction
+    (techniques 2.19). SWA: mean of the snapshots at `step mod every = 0` while the lr scale is
+    below `start_scale` (2.20).
+    """
+
+    def __init__(self, model: nn.Module, spec: Averages) -> None:
+        self.spec = spec
+        self.names = [name for name, _ in model.named_parameters()]
+        self.sources = [parameter.detach() for parameter in model.parameters()]
+        self.shadows = {
+            decay: [source.float().clone() for source in self.sources] for decay in spec.decays()
+        }
+        self.swa_count = 0
+        self.swa_sums = (
+            [torch.zeros_like(source, dtype=torch.float32) for source in self.sources]
+            if spec.swa is not None
+            else []
+        )
+
+    @torch.no_grad()
+    def update(self, step: int, lr_scale: float) -> None:
+        """Fold in the weights after step `step` (counted from 1) at its lr scale."""
+        if not self.shadows and not self.swa_sums:
+            return
+        weights = [source.float() for source in self.sources]
+        for decay, shadow in self.shadows.items():
+            torch._foreach_lerp_(shadow, weights, 1.0 - decay)
+        swa = self.spec.swa
+        if swa is not None and lr_scale < swa.start_scale and step % swa.every == 0:
+            torch._foreach_add_(self.swa_sums, weights)
+            self.swa_count += 1
+
+    def entries(self) -> dict[str, dict[str, Tensor]]:
+        """Return every bank entry by name, each a float32 state: raw, ema-<decay>, swa.
+
+        SWA is left out when no snapshot was taken.
+        """
+        banked = {"raw": [source.float() for source in self.sources]}
+        banked |= {ema_entry(decay): shadow for decay, shadow in self.shadows.items()}
+        if self.swa_count:
+            banked["swa"] = [total / self.swa_count for total in self.swa_sums]
+        return {
+            entry: dict(zip(self.names, tensors, strict=True)) for entry, tensors in banked.items()
+        }
+
+    def state_dict(self) -> dict[str, object]:
+        return {
+            "shadows": {repr(decay): shadow for decay, shadow in self.shadows.items()},
+            "swa_sums": self.swa_sums,
+            "swa_count": self.swa_count,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        shadows: dict[str, list[Tensor]] = state["shadows"]  # type: ignore[assignment]
+        for decay, shadow in self.shadows.items():
+            torch._foreach_copy_(shadow, shadows[repr(decay)])
+        if self.swa_sums:
+            torch._foreach_copy_(self.swa_sums, state["swa_sums"])  # type: ignore[arg-type]
+        self.swa_count = int(state["swa_count"])  # type: ignore[call-overload]

@@ -1,0 +1,88 @@
+"""Muon: momentum, orthogonalised. The pure update first, then the optimizer around it.
+
+Source: Jordan et al., Muon (2024); coefficients and momentum warm-up as in the parameter-golf
+baseline (techniques 2.17).
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.specs import train as specs
+
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Push the singular values of each matrix in a stack [N, rows, cols] towards 1."""
+    a, b, c = NS_COEFFICIENTS
+    x = matrices.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x
+
+
+def momentum_at(spec: specs.Muon, step: int) -> float:
+    """Return the momentum of a step: linear from `momentum_start` over the warm-up steps."""
+    done = min(step / spec.momentum_warmup_steps, 1.0) if spec.momentum_warmup_steps else 1.0
+    return spec.momentum_start + (spec.momentum - spec.momentum_start) * done
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, Newton–Schulz, decoupled weight decay scaled by the lr.
+
+    Matrices of one shape are orthogonalised in one batch. With several ranks each takes a
+    contiguous share of every batch and the shares are summed into place, so that all ranks
+    apply the same bits.
+    """
+
+    def __init__(self, params: list[torch.nn.Parameter], spec: specs.Muon) -> None:
+        super().__init__(params, {"lr": spec.lr, "momentum": momentum_at(spec, 0)})
+        self.spec = spec
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
+            for parameter in group["params"]:
+                by_shape.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in by_shape.items():
+                self._step_stack(parameters, shape, group["lr"], group["momentum"])
+
+    def _step_stack(
+        self, parameters: list[torch.nn.Parameter], shape: torch.Size, lr: float, momentum: float
+    ) -> None:
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        buffers = [self._momentum_buffer(p) for p in parameters]
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, gradients)
+        nesterov = torch._foreach_add(gradients, buffers, alpha=momentum)
+        update = self._orthogonalise(torch.stack(list(nesterov)))
+        update *= max(1.0, shape[0] / shape[1]) ** 0.5
+        if self.spec.weight_decay:
+            torch._foreach_mul_(parameters, 1.0 - lr * self.spec.weight_decay)
+        torch._foreach_add_(parameters, list(update.unbind()), alpha=-lr)
+
+    def _momentum_buffer(self, parameter: torch.nn.Parameter) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
+
+    def _orthogonalise(self, stack: Tensor) -> Tensor:
+        # Half precision is only faster where the device multiplies it.
+        dtype = torch.bfloat16 if stack.is_cuda else torch.float32
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return newton_schulz(stack, self.spec.ns_steps, dtype).to(stack.dtype)
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        mine = slice(len(stack) * rank // world_size, len(stack) * (rank + 1) // world_size)
+        update = torch.zeros_like(stack)
+        if mine.start < mine.stop:
+            update[mine] = newton_schulz(stack[mine], self.spec.ns_steps, dtype).to(stack.dtype)
+        dist.all_reduce(update)
+        return update
