@@ -1,0 +1,1 @@
+"""Where the trainer meets the machine: files, ranks, the clock, logs."""
