@@ -1,0 +1,116 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.data.loader import Loader
+from trainer.data.shards import TokenStream, write_shard
+from trainer.errors import DataError, UsageError
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory) -> TokenStream:
+    """103 tokens, each its own position, in two shards."""
+    folder = tmp_path_factory.mktemp("loader")
+    write_shard(folder / "0.bin", np.arange(60))
+    write_shard(folder / "1.bin", np.arange(60, 103))
+    return TokenStream(list(folder.iterdir()))
+
+
+@given(
+    step=st.integers(0, 40),
+    order=st.sampled_from(["sequential", "shuffled"]),
+    world_size=st.sampled_from([1, 2, 3, 4, 6, 12]),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_number_of_workers_reads_the_same_batch(stream, step, order, world_size):
+    loader = Loader(stream, seq_len=5, batch_tokens=60, order=order, seed=7)
+
+    shares = [loader.rows(step, rank, world_size) for rank in range(world_size)]
+
+    assert np.array_equal(np.concatenate(shares), loader.rows(step))
+
+
+@pytest.mark.parametrize("order", ["sequential", "shuffled"])
+def test_every_token_after_the_first_is_a_target_once_in_an_epoch(stream, order):
+    loader = Loader(stream, seq_len=6, batch_tokens=6, order=order, seed=7)
+
+    rows = np.concatenate([loader.rows(step) for step in range(loader.epoch_sequences)])
+
+    assert loader.epoch_sequences == 17
+    assert sorted(rows[:, 1:].ravel().tolist()) == list(range(1, 103))
+
+
+def test_a_row_is_a_run_of_the_stream_and_its_neighbour_shares_one_token(stream):
+    loader = Loader(stream, seq_len=10, batch_tokens=20, order="sequential", seed=7)
+
+    rows = loader.rows(0)
+
+    assert rows.dtype == np.int64
+    assert rows.tolist() == [list(range(11)), list(range(10, 21))]
+
+
+def test_the_stream_wraps_after_its_last_whole_sequence(stream):
+    loader = Loader(stream, seq_len=10, batch_tokens=70, order="sequential", seed=7)
+
+    assert loader.rows(1)[:, 0].tolist() == [70, 80, 90, 0, 10, 20, 30]
+
+
+def test_a_sequence_needs_a_target_for_its_last_input(make_stream):
+    loader = Loader(
+        make_stream(np.arange(20)), seq_len=10, batch_tokens=10, order="sequential", seed=7
+    )
+
+    assert loader.epoch_sequences == 1
+    assert loader.rows(1)[:, 0].tolist() == [0]
+
+
+def test_a_batch_may_be_larger_than_the_stream(stream):
+    loader = Loader(stream, seq_len=50, batch_tokens=250, order="sequential", seed=7)
+
+    assert loader.rows(0)[:, 0].tolist() == [0, 50, 0, 50, 0]
+
+
+def test_epochs_are_shuffled_differently(stream):
+    loader = Loader(stream, seq_len=6, batch_tokens=17 * 6, order="shuffled", seed=7)
+
+    first, second = loader.rows(0), loader.rows(1)
+
+    assert not np.array_equal(first, second)
+    assert sorted(first[:, 0].tolist()) == sorted(second[:, 0].tolist())
+
+
+def test_seeds_shuffle_differently(stream):
+    batches = [
+        Loader(stream, seq_len=6, batch_tokens=60, order="shuffled", seed=seed).rows(0)
+        for seed in (1, 2)
+    ]
+
+    assert not np.array_equal(*batches)
+
+
+def test_a_fresh_loader_resumes_at_any_step(stream):
+    walked = Loader(stream, seq_len=6, batch_tokens=30, order="shuffled", seed=7)
+    history = [walked.rows(step) for step in range(12)]
+
+    resumed = Loader(stream, seq_len=6, batch_tokens=30, order="shuffled", seed=7)
+
+    assert np.array_equal(resumed.rows(11), history[11])
+    assert np.array_equal(walked.rows(2), history[2])
+
+
+def test_a_world_size_that_does_not_divide_names_those_that_do(stream):
+    loader = Loader(stream, seq_len=5, batch_tokens=60, order="sequential", seed=7)
+
+    with pytest.raises(UsageError, match=r"workers=5 .* use one of 1, 2, 3, 4, 6, 12$"):
+        loader.rows(0, rank=0, world_size=5)
+
+
+def test_a_batch_that_is_no_whole_number_of_sequences_is_refused(stream):
+    with pytest.raises(UsageError, match="batch_tokens=64 is not a multiple"):
+        Loader(stream, seq_len=5, batch_tokens=64, order="sequential", seed=7)
+
+
+def test_a_stream_shorter_than_one_sequence_is_refused(stream):
+    with pytest.raises(DataError, match="needs 104 tokens, the stream has 103"):
+        Loader(stream, seq_len=103, batch_tokens=103, order="sequential", seed=7)
