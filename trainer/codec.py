@@ -157,7 +157,7 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
             and isinstance(value, Mapping)
             and ("kind" not in value or value["kind"] == below.get("kind", value["kind"]))
         )
-        merged[key] = merge(below, value) if same_kind else value
+        merged[key] = merge(below, value) if same_kind else value  # type: ignore[arg-type]
     return merged
 
 
@@ -235,7 +235,7 @@ def _locate(cls: Any, loc: tuple[Any, ...]) -> tuple[Any, str]:
     current: Any = cls
     for key in loc:
         members = _members(current)
-        by_name = {m.__name__: m for m in members if is_dataclass(m)}
+        by_name = {m.__name__: m for m in members if is_dataclass(m)}  # type: ignore[attr-defined]
         if key in by_name and key not in names_of(current):
             current = by_name[key]  # a step into a union, not a key of the file
             continue

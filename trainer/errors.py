@@ -20,6 +20,8 @@ class FairwayError(Exception):
 
 
 class UsageError(FairwayError):
+    """A bad spec, file or argument; nothing was spent."""
+
     exit_code = 2
 
 
@@ -28,14 +30,20 @@ class DataError(UsageError):
 
 
 class InfeasibleError(FairwayError):
+    """Everything ran, but nothing fits or nothing is legal."""
+
     exit_code = 3
 
 
 class BudgetError(FairwayError):
+    """The budget or the deadline is used up."""
+
     exit_code = 4
 
 
 class BackendError(FairwayError):
+    """A server, cluster or tracking store is out of reach."""
+
     exit_code = 5
 
 

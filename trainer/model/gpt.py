@@ -69,7 +69,7 @@ class GPT(nn.Module):
             elif isinstance(module, Embedding):
                 module.reset_parameters(generator)
             elif module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+                module.reset_parameters()  # type: ignore[operator]
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Map tokens [B, T] to the normed output stream [B, T, D]."""

@@ -48,14 +48,14 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
+            by_shape: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
                 by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
                 self._step_stack(parameters, shape, group["lr"], group["momentum"])
 
     def _step_stack(
-        self, parameters: list[torch.nn.Parameter], shape: torch.Size, lr: float, momentum: float
+        self, parameters: list[Tensor], shape: torch.Size, lr: float, momentum: float
     ) -> None:
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         buffers = [self._momentum_buffer(p) for p in parameters]
@@ -68,7 +68,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(parameters, 1.0 - lr * self.spec.weight_decay)
         torch._foreach_add_(parameters, list(update.unbind()), alpha=-lr)
 
-    def _momentum_buffer(self, parameter: torch.nn.Parameter) -> Tensor:
+    def _momentum_buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)

@@ -48,6 +48,6 @@ def train_task(recipe: Recipe) -> TrainTask:
 def final_task(recipe: Recipe) -> FinalTask:
     """The final that a recipe asks for."""
     decay = recipe.train.averages.ema_decay
-    takes_ema = recipe.final.average == "ema" and decay is not None
-    entry = ema_entry(decay) if takes_ema else recipe.final.average
+    average = recipe.final.average
+    entry = ema_entry(decay) if average == "ema" and decay is not None else average
     return FinalTask(entry=entry, final=recipe.final, evaluate=recipe.evaluate)
