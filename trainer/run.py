@@ -1,0 +1,201 @@
+"""The three public functions: train, check_parity, finalize. Wiring only.
+
+Each reads a frozen task and an input folder and leaves an output folder whose result.json,
+written last, means done.
+"""
+
+import logging
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from trainer.codec import dump, fingerprint, parse
+from trainer.data.bytecount import ByteTable
+from trainer.data.shards import Dataset
+from trainer.errors import DataError, UsageError
+from trainer.evaluate import audit
+from trainer.evaluate.bpb import bits_per_byte, nats_per_token
+from trainer.evaluate.sliding import plan_windows, score_stream
+from trainer.finalize.artifact import read_weights
+from trainer.finalize.pipeline import FinalReport
+from trainer.finalize.pipeline import finalize as write_artifact
+from trainer.model.build import build, load_state
+from trainer.model.gpt import GPT
+from trainer.model.roles import roles_of
+from trainer.results import FinalResult, ParityResult, Rule, Score, Totals, TrainResult
+from trainer.runtime.distributed import Ranks
+from trainer.runtime.files import read_json, sha256_file, write_json
+from trainer.runtime.tensors import load_tensors
+from trainer.sizes import forecast_weights_bytes, num_params
+from trainer.specs.evaluate import EvaluateSpec
+from trainer.specs.recipe import Observe
+from trainer.specs.task import FinalTask, TrainTask
+from trainer.train import loop
+
+logger = logging.getLogger(__name__)
+
+
+def train(task: TrainTask, dataset: Dataset, folder: Path, ranks: Ranks) -> TrainResult:
+    """Train, or resume what `folder` holds, and leave its bank and result.json there."""
+    check_vocabulary(task, dataset)
+    if ranks.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not _is_begun(task, dataset, folder):
+            _start_over(folder)
+        write_json(folder / "inputs.json", _inputs(task, dataset))
+        write_json(folder / "task.json", dump(task))
+    ranks.barrier()
+    result = loop.train(task, dataset, folder, ranks)
+    if ranks.is_first:
+        write_json(folder / "result.json", dump(result))
+        loop.discard_checkpoints(folder)
+    ranks.barrier()
+    return result
+
+
+def is_trained(task: TrainTask, dataset: Dataset, folder: Path) -> bool:
+    """Whether `folder` holds a finished training of this task on this data."""
+    return (folder / "result.json").is_file() and _is_begun(task, dataset, folder)
+
+
+def _is_begun(task: TrainTask, dataset: Dataset, folder: Path) -> bool:
+    path = folder / "inputs.json"
+    return path.is_file() and read_json(path) == _inputs(task, dataset)
+
+
+def _inputs(task: TrainTask, dataset: Dataset) -> dict[str, str]:
+    """What a training's weights follow from; what is observed on the way is no part of it."""
+    return {"task": fingerprint(replace(task, observe=Observe())), "data": dataset.digest}
+
+
+def _start_over(folder: Path) -> None:
+    """Remove what another task, or other data, left in the folder: it cannot be resumed."""
+    (folder / "result.json").unlink(missing_ok=True)
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    for part in ("checkpoint", "bank"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+
+
+def check_vocabulary(task: TrainTask, dataset: Dataset) -> None:
+    """Refuse a model that has no row for some token of the data."""
+    if task.model.vocab_size < dataset.vocab_size:
+        raise UsageError(
+            f"model.vocab_size={task.model.vocab_size} is below the {dataset.vocab_size} tokens of "
+            f"{dataset.tokenizer_path}; set model.vocab_size={dataset.vocab_size}"
+        )
+
+
+def load_training(folder: Path) -> tuple[TrainTask, TrainResult]:
+    """Read what a finished training in `folder` was told and what it returned."""
+    task = parse(TrainTask, read_json(folder / "task.json"), str(folder / "task.json"))
+    result = parse(TrainResult, read_json(folder / "result.json"), str(folder / "result.json"))
+    return task, result
+
+
+def check_parity(training: Path, dataset: Dataset, folder: Path, ranks: Ranks) -> ParityResult:
+    """Repeat the trainer's own end-of-run score from the bank on disk, in this process."""
+    task, trained = load_training(training)
+    model = build(task.model, dtype=task.train.dtype)
+    load_state(model, load_tensors(training / "bank", trained.parity_entry))
+    spec = EvaluateSpec(window=task.parity_window, stride=task.parity_window)
+    totals = _score(model, dataset, spec, ranks)
+    fresh = bits_per_byte(totals)
+    rule = audit.parity(trained.parity_bpb, fresh, trained.parity_tolerance)
+    result = ParityResult(fresh_bpb=fresh, rule=rule)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "result.json", dump(result))
+    return result
+
+
+def finalize(
+    task: FinalTask, training: Path, dataset: Dataset, folder: Path, parity: Rule, ranks: Ranks
+) -> FinalResult:
+    """Turn one bank entry into an artifact under `folder` and score the bytes on disk.
+
+    Leaves artifact/, score.json, audit.json and, last, result.json.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "task.json", dump(task))
+    trained_as, _ = load_training(training)
+    started = time.monotonic()
+    state = load_tensors(training / "bank", task.entry)
+    roles = roles_of(build(trained_as.model))
+    report = write_artifact(
+        state,
+        roles,
+        trained_as.model,
+        task.final,
+        folder / "artifact",
+        sha256_file(dataset.tokenizer_path),
+    )
+    finalize_clock_s = time.monotonic() - started
+    score, totals = score_artifact(
+        folder / "artifact", dataset, task.evaluate, ranks, dtype=trained_as.train.dtype
+    )
+    num_predictions = len(dataset.stream("val")) - 1
+    rules = (
+        audit.coverage(plan_windows(num_predictions, task.evaluate), num_predictions),
+        audit.byte_accounting(totals, dataset.num_bytes("val"), num_predictions),
+        parity,
+    )
+    result = _final_result(task, trained_as, report, score, rules, finalize_clock_s)
+    write_json(folder / "tensors.json", [dump(tensor) for tensor in report.tensors])
+    write_json(folder / "score.json", dump(score))
+    write_json(folder / "audit.json", dump(rules))
+    write_json(folder / "result.json", dump(result))
+    return result
+
+
+def score_artifact(
+    artifact: Path, dataset: Dataset, spec: EvaluateSpec, ranks: Ranks, *, dtype: str
+) -> tuple[Score, Totals]:
+    """Load an artifact's weights from disk into a fresh model and score the validation split."""
+    model_spec, state, facts = read_weights(artifact / "weights.fw")
+    tokenizer = sha256_file(dataset.tokenizer_path)
+    if facts.tokenizer_sha256 != tokenizer:
+        raise DataError(
+            f"{artifact / 'weights.fw'}: made with another tokenizer "
+            f"({facts.tokenizer_sha256[:12]}) than {dataset.tokenizer_path} ({tokenizer[:12]})"
+        )
+    model = build(model_spec, dtype=dtype)
+    load_state(model, state)
+    started = time.monotonic()
+    totals = _score(model, dataset, spec, ranks)
+    score = Score(
+        val_bpb=bits_per_byte(totals),
+        val_loss=nats_per_token(totals),
+        tokens=totals.tokens,
+        bytes=totals.bytes,
+        eval_clock_s=time.monotonic() - started,
+    )
+    return score, totals
+
+
+def _score(model: GPT, dataset: Dataset, spec: EvaluateSpec, ranks: Ranks) -> Totals:
+    stream = dataset.stream("val")
+    table = ByteTable.load(dataset.tokenizer_path, model.plan.spec.vocab_size)
+    model.to(ranks.device)
+    return score_stream(model, stream.read(0, len(stream)), table, spec, ranks)
+
+
+def _final_result(
+    task: FinalTask,
+    trained_as: TrainTask,
+    report: FinalReport,
+    score: Score,
+    rules: tuple[Rule, ...],
+    finalize_clock_s: float,
+) -> FinalResult:
+    return FinalResult(
+        entry=task.entry,
+        num_params=num_params(trained_as.model),
+        artifact_bytes=report.artifact_bytes,
+        weights_bytes=report.weights_bytes,
+        code_bytes=report.code_bytes,
+        forecast_bytes=forecast_weights_bytes(trained_as.model, task.final) + report.code_bytes,
+        weights_sha256=report.weights_sha256,
+        score=score,
+        audit=rules,
+        finalize_clock_s=finalize_clock_s,
+    )

@@ -1,0 +1,1 @@
+"""The training: its state, and the loop over it."""

@@ -1,0 +1,81 @@
+"""Everything that a training needs to go on exactly where it stopped."""
+
+import copy
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import DataError
+from trainer.model.build import build
+from trainer.optim.averages import AverageBank
+from trainer.optim.groups import Optimizers
+from trainer.runtime.clock import Clock
+from trainer.runtime.distributed import Ranks
+from trainer.runtime.tensors import load_tensors, save_tensors
+from trainer.specs.task import TrainTask
+
+logger = logging.getLogger(__name__)
+NUM_CHECKPOINTS_KEPT = 2  # the older one covers for a newer that is found damaged
+
+
+class TrainState:
+    """Weights, optimizer state, averages, step and clock. The loader needs only the step."""
+
+    def __init__(self, task: TrainTask, ranks: Ranks, clock: Clock) -> None:
+        spec = task.train
+        self.model = build(task.model, seed=spec.seed, dtype=spec.dtype).to(ranks.device)
+        self.optimizers = Optimizers(self.model, spec.optimizer)
+        self.averages = AverageBank(self.model, spec.averages)
+        self.clock = clock
+        self.step = 0
+        self.untrained_val_bpb = math.nan
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return a deep copy of the weights, optimizer state and averages."""
+        return copy.deepcopy(self._tensors())
+
+    def restore(self, tensors: dict[str, Any]) -> None:
+        """Put a snapshot back. The model's and the averages' tensors stay the same objects."""
+        self.model.load_state_dict(tensors["model"])
+        self.optimizers.load_state_dict(tensors["optimizers"])
+        self.averages.load_state_dict(tensors["averages"])
+
+    def save(self, folder: Path) -> None:
+        """Write `folder/<step>` and drop all but the newest checkpoints."""
+        progress = {
+            "step": self.step,
+            "clock_s": dict(self.clock.seconds),
+            "untrained_val_bpb": self.untrained_val_bpb,
+        }
+        save_tensors(folder / f"{self.step:08d}", {"state": self._tensors(), "progress": progress})
+        for old in _checkpoints(folder)[:-NUM_CHECKPOINTS_KEPT]:
+            shutil.rmtree(old)
+
+    def resume(self, folder: Path) -> bool:
+        """Take up the newest intact checkpoint under `folder`; return whether there was one."""
+        for path in reversed(_checkpoints(folder)):
+            try:
+                progress, tensors = load_tensors(path, "progress"), load_tensors(path, "state")
+            except DataError as error:
+                logger.warning("%s; falling back to an older checkpoint", error)
+                continue
+            self.restore(tensors)
+            self.step = progress["step"]
+            self.untrained_val_bpb = progress["untrained_val_bpb"]
+            self.clock.seconds.update(progress["clock_s"])
+            return True
+        return False
+
+    def _tensors(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": self.optimizers.state_dict(),
+            "averages": self.averages.state_dict(),
+        }
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(path.parent for path in folder.glob("*/index.json"))
