@@ -1,0 +1,1 @@
+"""Where to look: shipped recipes, axes and spaces. Pure."""
