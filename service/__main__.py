@@ -1,0 +1,5 @@
+"""`python -m service` is `fairway`."""
+
+from service.cli import main
+
+main()

@@ -1,0 +1,72 @@
+"""The name of every file the service writes, in one place.
+
+    HOME/                         .fairway in the working directory unless told otherwise
+      data/NAME/                  prepared shards with manifest.json and tokenizer.model
+      store/trainings/ID/         task.json metrics.jsonl checkpoint/ bank/ result.json
+      store/parities/ID/          result.json
+      store/finals/ID/            task.json artifact/ score.json audit.json result.json
+      sweeps/SWEEP_ID/            sweep.yaml events.jsonl tracking.json report/ logs/
+      mlflow.db mlruns/           the embedded MLflow
+
+result.json is written last: a stage without one is not done.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPaths:
+    """One sweep's folder."""
+
+    root: Path
+
+    @property
+    def spec(self) -> Path:
+        return self.root / "sweep.yaml"
+
+    @property
+    def ledger(self) -> Path:
+        return self.root / "events.jsonl"
+
+    @property
+    def tracking(self) -> Path:
+        """Which MLflow run is which stage, and how far the projection has come."""
+        return self.root / "tracking.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """A Fairway home."""
+
+    home: Path
+
+    def data(self, name: str) -> Path:
+        return self.home / "data" / name
+
+    @property
+    def store(self) -> Path:
+        return self.home / "store"
+
+    @property
+    def sweeps(self) -> Path:
+        return self.home / "sweeps"
+
+    def sweep(self, sweep_id: str) -> SweepPaths:
+        return SweepPaths(self.sweeps / sweep_id)
+
+    @property
+    def mlflow_db(self) -> Path:
+        return self.home / "mlflow.db"
+
+    @property
+    def mlflow_artifacts(self) -> Path:
+        return self.home / "mlruns"
