@@ -1,0 +1,63 @@
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.blueprint import blueprint
+from trainer.finalize.artifact import write_weights
+from trainer.finalize.quantize import Stored, quantize_tensors
+from trainer.sizes import tensor_sizes
+from trainer.specs.final import Quantize, Zstd
+from trainer.specs.model import (
+    Attention,
+    Mlp,
+    ModelSpec,
+    QGain,
+    ResidualScale,
+    UNetSkips,
+    X0Mix,
+)
+
+TOKENIZER = "ab" * 32
+
+
+@dataclass(frozen=True)
+class Small:
+    """A model small enough to write many times, with every role and storage kind."""
+
+    spec: ModelSpec
+    state: dict[str, torch.Tensor]
+    roles: dict[str, str]
+    quantize: Quantize
+    tokenizer_sha256: str = TOKENIZER
+
+    @property
+    def stored(self) -> dict[str, Stored]:
+        return quantize_tensors(self.state, self.roles, self.quantize)[0]
+
+    def write(self, path: Path) -> Path:
+        write_weights(path, self.spec, self.stored, Zstd(level=3), self.tokenizer_sha256)
+        return path
+
+
+@pytest.fixture
+def small() -> Small:
+    spec = ModelSpec(
+        vocab_size=12,
+        num_layers=3,
+        dim=8,
+        attention=Attention(num_heads=2, num_kv_heads=1, q_gain=QGain()),
+        mlp=Mlp(mult=3.0),
+        residual_scale=ResidualScale(),
+        x0_mix=X0Mix(),
+        unet=UNetSkips(),
+    )
+    sizes = tensor_sizes(blueprint(spec))
+    generator = torch.Generator().manual_seed(0)
+    return Small(
+        spec=spec,
+        state={size.name: torch.randn(size.shape, generator=generator) for size in sizes},
+        roles={size.name: size.role for size in sizes},
+        quantize=Quantize(float_numel=32),
+    )

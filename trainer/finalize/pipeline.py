@@ -1,0 +1,115 @@
+"""A bank entry in, an artifact folder out: the one place where the steps meet.
+
+What counts is what lies in the folder afterwards, measured on disk. Choosing the entry is the
+caller's, scoring `trainer.evaluate`'s.
+"""
+
+import stat
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from trainer.blueprint import blueprint
+from trainer.errors import DataError
+from trainer.finalize.artifact import check_shapes, write_weights
+from trainer.finalize.code import write_code
+from trainer.finalize.prune import num_pruned, prune
+from trainer.finalize.quantize import TensorRecord, quantize_tensors
+from trainer.runtime.files import sha256_file
+from trainer.sizes import tensor_sizes
+from trainer.specs.final import FinalSpec
+from trainer.specs.model import ModelSpec
+
+WEIGHTS_FILE: Final = "weights.fw"
+CODE_FILE: Final = "code.pyz"
+
+
+@dataclass(frozen=True, slots=True)
+class FinalReport:
+    """What was written. artifact_bytes is the whole folder, not the sum of the two files."""
+
+    weights_bytes: int
+    code_bytes: int
+    artifact_bytes: int
+    num_pruned: int
+    tensors: tuple[TensorRecord, ...]
+    weights_sha256: str
+    clock_s: dict[str, float]
+
+
+def finalize(
+    state: Mapping[str, Tensor],
+    roles: Mapping[str, str],
+    model: ModelSpec,
+    final: FinalSpec,
+    folder: Path,
+    tokenizer_sha256: str,
+) -> FinalReport:
+    """Prune, quantize and write a state as `weights.fw` and `code.pyz`; report from the files."""
+    started = time.perf_counter()
+    pruned, total_pruned = _prune_matrices(_checked(state, model), roles, final)
+    after_prune = time.perf_counter()
+    stored, records = quantize_tensors(pruned, roles, final.quantize)
+    after_quantize = time.perf_counter()
+    weights, code = folder / WEIGHTS_FILE, folder / CODE_FILE
+    write_weights(weights, model, stored, final.compress, tokenizer_sha256)
+    write_code(code)
+    after_write = time.perf_counter()
+    return FinalReport(
+        weights_bytes=weights.stat().st_size,
+        code_bytes=code.stat().st_size,
+        artifact_bytes=artifact_bytes(folder),
+        num_pruned=total_pruned,
+        tensors=records,
+        weights_sha256=sha256_file(weights),
+        clock_s={
+            "prune": after_prune - started,
+            "quantize": after_quantize - after_prune,
+            "write": after_write - after_quantize,
+        },
+    )
+
+
+def artifact_bytes(folder: Path) -> int:
+    """Sum the sizes of all files under a folder; a symlink or special file is refused, because
+    its size is not what would be submitted."""
+    if not folder.is_dir() or folder.is_symlink():
+        raise DataError(f"{folder}: not a folder; finalize the model again")
+    total = 0
+    for path in sorted(folder.rglob("*")):
+        status = path.lstat()
+        if stat.S_ISREG(status.st_mode):
+            total += status.st_size
+        elif not stat.S_ISDIR(status.st_mode):
+            raise DataError(f"{path}: neither a file nor a folder; remove it or copy it in")
+    return total
+
+
+def _checked(state: Mapping[str, Tensor], model: ModelSpec) -> dict[str, Tensor]:
+    """Return the state in the model's order as float32 on the CPU, every entry finite."""
+    check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, model, "state")
+    for name, tensor in state.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise DataError(f"{name}: holds NaN or infinity; finalize another entry or train again")
+    names = [size.name for size in tensor_sizes(blueprint(model))]
+    return {name: state[name].detach().to("cpu", torch.float32) for name in names}
+
+
+def _prune_matrices(
+    state: Mapping[str, Tensor], roles: Mapping[str, str], final: FinalSpec
+) -> tuple[dict[str, Tensor], int]:
+    """Zero the smallest of each matrix that will be quantized; return the state and the count."""
+    if final.prune is None:
+        return dict(state), 0
+    pruned, total = dict(state), 0
+    for name, tensor in state.items():
+        is_large = tensor.ndim == 2 and tensor.numel() > final.quantize.float_numel
+        if roles.get(name) == "matrix" and is_large:
+            pruned[name] = prune(tensor, final.prune.ratio)
+            total += num_pruned(tensor.numel(), final.prune.ratio)
+    return pruned, total
