@@ -34,7 +34,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _dataset(folder: Path, name: str, ranks: Ranks) -> Dataset:
-    if name == "embedded" and ranks.is_first:
+    if name == "embedded" and ranks.is_first and not folder.is_dir():
         prepare_embedded(folder)
     ranks.barrier()
     return load_dataset(folder)

@@ -24,6 +24,7 @@ from trainer.errors import UsageError
 T = TypeVar("T")
 MAX_YAML_BYTES = 256 * 1024
 MAX_DEPTH = 32
+MAX_SHOWN = 80  # characters of a refused value in a message
 
 
 class _CoreLoader(yaml.SafeLoader):
@@ -225,7 +226,9 @@ def _explain(cls: type[Any], error: ValidationError) -> list[str]:
                 lines.append(f"{path}: {reason}" if path else reason)
             case _:
                 shown = json.dumps(given) if not isinstance(given, dict) else "a mapping"
-                lines.append(f"{path}: got {shown}; {fault['msg'][0].lower()}{fault['msg'][1:]}")
+                shown = shown if len(shown) <= MAX_SHOWN else f"{shown[: MAX_SHOWN - 3]}..."
+                rule = f"{fault['msg'][0].lower()}{fault['msg'][1:]}"
+                lines.append(f"{path}: got {shown}; {rule}" if path else f"got {shown}; {rule}")
     return list(dict.fromkeys(lines)) or [str(error).splitlines()[0]]
 
 

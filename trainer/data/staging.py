@@ -4,15 +4,15 @@ A lock file beside the folder keeps two makers apart; readers need none.
 """
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from trainer.data.manifest import MANIFEST_FILE
 from trainer.errors import UsageError
+from trainer.runtime import files
 
 # The disk's faults, which a user can mend; other system errors are ours.
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR)
@@ -21,11 +21,9 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENO
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Let one process at a time make or change the dataset `out`; the others wait."""
-    with _writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock = out.with_name(f".{out.name}.lock").open("w")
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        with _writing(out):
+            stack.enter_context(files.locked(out.with_name(f".{out.name}.lock")))
         yield
 
 

@@ -1,8 +1,11 @@
 """Writing files so that a reader never meets half of one, and reading them with a checksum."""
 
+import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,19 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON; NaN and infinity are refused rather than written."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Generator[None]:
+    """Hold an exclusive lock on a file for as long as the block, or the process, lasts.
+
+    The lock is the kernel's (flock), so a killed holder frees it by dying. BlockingIOError where
+    another holds it and `wait` is off.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
 
 
 def read_json(path: Path) -> Any:

@@ -76,9 +76,7 @@ def train(task: TrainTask, dataset: Dataset, folder: Path, ranks: Ranks) -> Trai
                     journal.write(state.step, {"val/bpb": val_bpb})
             if not done and _is_due(state.step, observe.checkpoint_every):
                 with clock.phase("checkpoint"):
-                    if ranks.is_first:
-                        state.save(folder / "checkpoint")
-                    ranks.barrier()  # or the others would wait on their train clocks
+                    _checkpoint(state, folder, ranks)
 
     with clock.phase("bank"):
         entries = state.averages.entries()
@@ -117,6 +115,12 @@ def _finite(name: str, value: float, step: int) -> float:
             "train.optimizer.grad_clip"
         )
     return value
+
+
+def _checkpoint(state: TrainState, folder: Path, ranks: Ranks) -> None:
+    if ranks.is_first:
+        state.save(folder / "checkpoint")
+    ranks.barrier()  # or the others would wait on their train clocks
 
 
 def _is_due(step: int, every: int | None) -> bool:
@@ -172,7 +176,7 @@ class StepRunner:
         total = torch.zeros((), device=self.ranks.device)
         for i, micro in enumerate(micros):
             is_last = i == len(micros) - 1
-            with nullcontext() if is_last or self.ranks.world_size == 1 else self.forward.no_sync():
+            with nullcontext() if is_last or self.ranks.world_size == 1 else self.forward.no_sync():  # type: ignore[operator]
                 loss = self.forward(micro[:, :-1], micro[:, 1:]).mean() / len(micros)
                 loss.backward()
             total += loss.detach()
