@@ -5,7 +5,8 @@ fact in the past tense, `crc` is the CRC-32 of the line without it. One writer a
 the file (flock). A torn last line is what a crash leaves: it is cut off when the next writer
 opens. A broken line anywhere else is refused by number; a ledger never starts empty over it.
 
-    sweep_started      sweep_id name recipe spec varying num_trainings num_finals facts
+    sweep_started      sweep_id name recipe effective_recipe spec varying axes cap_bytes
+                       num_trainings num_finals facts
     training_started   training point seed
     training_finished  training point seed state reason cached result
     final_scored       final training point seed state reason cached result

@@ -4,14 +4,13 @@ Two that need the same stage do not compute it twice: the second waits on a lock
 finds the result. The lock is the kernel's (flock), so a killed holder frees it by dying.
 """
 
-import fcntl
 import shutil
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainer.runtime.files import read_json
+from trainer.runtime.files import locked, read_json
 
 KINDS = ("trainings", "parities", "finals")
 
@@ -57,12 +56,3 @@ class Store:
                 folder.mkdir()
             build(folder)
             return read_json(folder / "result.json"), False
-
-
-@contextmanager
-def locked(path: Path) -> Generator[None]:
-    """Hold an exclusive lock on a file for as long as the block, or the process, lasts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -1,0 +1,80 @@
+"""What the planning verbs show: sweeps on disk, recipes, a plan in numbers. No torch, no Ray."""
+
+from typing import Any
+
+from service.paths import Paths, SweepPaths
+from service.plan import Plan, describe_recipe
+from service.sweep import Sweep
+from trainer.codec import parse, suggest
+from trainer.data.prepare import EMBEDDED_NAME, prepare_embedded
+from trainer.data.shards import Dataset, load_dataset
+from trainer.errors import UsageError
+from trainer.specs.recipe import DataSpec, Recipe
+from tune_spaces.catalogue import describe, load_recipe, names
+
+
+def find_sweep(paths: Paths, ref: str | None) -> SweepPaths:
+    """Find a sweep by id, a unique start of it, or its name; the newest without a reference."""
+    ledgers = sorted(paths.sweeps.glob("*/events.jsonl"), key=lambda path: path.stat().st_mtime)
+    found = [path.parent.name for path in ledgers]
+    if not found:
+        raise UsageError(f"{paths.sweeps}: no sweep has run here; start one with `fairway run`")
+    if ref is None:
+        return paths.sweep(found[-1])
+    matching = [sweep for sweep in found if sweep.startswith(ref)]
+    if ref in matching:
+        return paths.sweep(ref)
+    if len(matching) == 1:
+        return paths.sweep(matching[0])
+    if matching:
+        raise UsageError(f"{ref!r} fits {len(matching)} sweeps: {', '.join(matching)}")
+    raise UsageError(f"no sweep {ref!r} under {paths.sweeps}{suggest(ref, found)}")
+
+
+def data_of(paths: Paths, data: DataSpec) -> Dataset:
+    """Open a sweep's dataset, making the embedded one where it is missing."""
+    folder = paths.data(data.name)
+    if folder.is_dir():
+        dataset = load_dataset(folder)  # damaged is an error, never made again in silence
+    elif data.name == EMBEDDED_NAME:
+        dataset = prepare_embedded(folder)
+    else:
+        raise UsageError(
+            f"{folder}: no dataset {data.name!r}; make it with `fairway data prepare` or get a "
+            "published one with `fairway data fetch`"
+        )
+    if data.digest is not None and data.digest != dataset.digest:
+        raise UsageError(
+            f"{folder}: data.digest is {data.digest}, but the files have {dataset.digest}; "
+            "prepare the data the sweep was written for, or change the digest"
+        )
+    return dataset
+
+
+def plan_document(sweep: Sweep, plan: Plan) -> dict[str, Any]:
+    """A plan in numbers: what runs, what it costs, what size it predicts."""
+    return {
+        "sweep_id": plan.sweep_id,
+        "recipe": sweep.spec.recipe,
+        "trainings": len(plan.trainings),
+        "finals": len(plan.finals),
+        "gang": f"{sweep.spec.resources.workers} workers",
+        **plan.forecast,
+        "cap_bytes": sweep.cap_bytes,
+        "constraints": [str(constraint) for constraint in sweep.constraints],
+        "space": {
+            path: list(axis.values) if axis.values else [axis.min, axis.max]
+            for path, axis in sweep.spec.space.items()
+        },
+    }
+
+
+def recipe_rows(name: str | None) -> Any:
+    """One line a shipped recipe, or one recipe in full."""
+    if name is not None:
+        return load_recipe(name, "recipes")
+    rows = []
+    for known in names("recipes"):
+        recipe = parse(Recipe, load_recipe(known, "recipes"), known)
+        rows.append({**describe_recipe(recipe), "card": describe(known)})
+    return rows

@@ -1,0 +1,342 @@
+"""Verbs to functions. Exit codes live here and nowhere else.
+
+0 done · 1 a run failed · 2 usage, spec or preflight (nothing spent) · 3 nothing feasible or legal
+4 budget or deadline · 5 server, cluster or tracking out of reach · 130 interrupted.
+Data goes to stdout, talk to stderr. Ray, torch and MLflow are imported by the verbs that run.
+"""
+
+import json
+import os
+import sys
+import webbrowser
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from service import cli_data, report
+from service.catalogue_view import data_of, find_sweep, plan_document, recipe_rows
+from service.ledger import SweepView, is_held, replay
+from service.paths import Paths
+from service.plan import inputs_of, make_plan
+from service.states import State
+from service.sweep import SweepSpec, load_sweep
+from service.talk import Talk
+from trainer.codec import json_schema, to_yaml
+from trainer.errors import FairwayError
+from trainer.runtime.files import read_json
+from trainer.specs.recipe import Recipe
+
+app = typer.Typer(
+    help="Sweeps for language models that must fit in a byte budget.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.add_typer(cli_data.app, name="data")
+
+Home = Annotated[
+    Path, typer.Option("--home", envvar="FAIRWAY_HOME", help="Where Fairway keeps its files.")
+]
+Output = Annotated[
+    Literal["table", "json", "yaml"], typer.Option("-o", "--output", help="How to print the data.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("-S", metavar="PATH=VALUE", help="Set a value of the spec.")
+]
+SweepFile = Annotated[Path, typer.Argument(help="A sweep file (YAML), or a shipped sweep's name.")]
+SweepRef = Annotated[
+    str | None, typer.Argument(help="Sweep id, a unique start of it, or its name; default: newest.")
+]
+_HOME = Path(".fairway")
+
+
+@app.command()
+def validate(
+    sweep_file: SweepFile,
+    overrides: Overrides = None,
+    home: Home = _HOME,
+    output: Output = "table",
+) -> None:
+    """Check a sweep and show what it would run. Nothing is started."""
+    source, sweep = _load(sweep_file, overrides)
+    dataset = data_of(Paths(home), sweep.data)
+    plan = make_plan(sweep, inputs_of(dataset), source)
+    _print(plan_document(sweep, plan), output)
+
+
+@app.command()
+def run(
+    sweep_file: SweepFile,
+    overrides: Overrides = None,
+    home: Home = _HOME,
+    num_cpus: Annotated[
+        int | None, typer.Option(help="CPUs that a Ray of our own may use; default: all.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster; default: one of our own."),
+    ] = None,
+    tracking_uri: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MLFLOW_TRACKING_URI", help="MLflow; default: a SQLite file in the home."
+        ),
+    ] = None,
+    output: Output = "table",
+) -> None:
+    """Run a sweep in the foreground, or what is left of it: run again to go on."""
+    source, sweep = _load(sweep_file, overrides)
+    paths = Paths(home)
+    dataset = data_of(paths, sweep.data)
+    plan = make_plan(sweep, inputs_of(dataset), source)  # finds every fault before Ray starts
+    _prepare_environment()
+    from service.cluster import Where
+    from service.facts import check_packages
+    from service.follower import Follower
+    from service.search import Setting, run_sweep
+    from service.tracking import default_uri
+
+    check_packages()
+    setting = Setting(sweep, plan, paths, dataset, Where(address, num_cpus))
+    talk = Talk()
+    folder = paths.sweep(plan.sweep_id)
+    uri = tracking_uri or default_uri(paths)
+    after = replay(folder.ledger).events if folder.ledger.is_file() else 0
+    with Follower(paths, plan.sweep_id, uri, after) as follower:
+        view = run_sweep(setting, talk)
+        _write_report(view, paths, talk)
+        try:
+            follower.finish()
+        finally:
+            _show_end(view, paths, talk, output)
+    _exit_by(view)
+
+
+@app.command()
+def status(sweep: SweepRef = None, home: Home = _HOME, output: Output = "table") -> None:
+    """Say how far a sweep is."""
+    view = _view(Paths(home), sweep)
+    if output == "table":
+        _print_finals(view)
+    _print(report.status_document(view), output)
+
+
+@app.command()
+def best(sweep: SweepRef = None, home: Home = _HOME, output: Output = "table") -> None:
+    """Name the best final that is feasible and legal. Exit 3 if there is none."""
+    paths = Paths(home)
+    view = _view(paths, sweep)
+    run_ids = _tracking(paths, view).get("run_ids", {})
+    _print(report.best_document(view, run_ids, paths.home), output)
+
+
+@app.command()
+def score(
+    artifact: Annotated[str, typer.Argument(help="A final's id, or an artifact's folder.")],
+    data: Annotated[str, typer.Option(help="The dataset whose val split is scored.")] = "embedded",
+    window: Annotated[int | None, typer.Option(help="Tokens a window reads.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Predictions a later window scores.")] = None,
+    variant: Annotated[
+        Literal["A", "C"] | None, typer.Option(help="C scores each prediction once; A is old logs.")
+    ] = None,
+    home: Home = _HOME,
+    output: Output = "table",
+) -> None:
+    """Score an artifact on disk again; a final is scored as it was unless told otherwise."""
+    from service.rescore import rescore
+
+    asked = {"window": window, "stride": stride, "variant": variant}
+    given = {name: value for name, value in asked.items() if value is not None}
+    _print(rescore(Paths(home), artifact, data, given), output)
+
+
+@app.command("report")
+def report_command(
+    sweep: SweepRef = None,
+    home: Home = _HOME,
+    output: Output = "table",
+    open_page: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+) -> None:
+    """Draw the table and the plots of a sweep again."""
+    paths, talk = Paths(home), Talk()
+    view = _view(paths, sweep)
+    page = _write_report(view, paths, talk)
+    if output == "table":
+        _print_finals(view)
+    else:
+        _print(report.table_records(view), output)
+    if open_page:
+        webbrowser.open(page.resolve().as_uri())
+
+
+@app.command()
+def sync(
+    sweep: SweepRef = None,
+    home: Home = _HOME,
+    tracking_uri: Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI")] = None,
+) -> None:
+    """Write a sweep's ledger to MLflow again. Doing it twice changes nothing."""
+    from service import tracking
+
+    paths = Paths(home)
+    view = _view(paths, sweep)
+    uri = tracking_uri or tracking.default_uri(paths)
+    projection = tracking.sync(paths, view.started["sweep_id"], uri)
+    Talk().say("synced", runs=len(projection.run_ids), link=projection.link)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
+    output: Output = "table",
+) -> None:
+    """List the shipped recipes, or show one with everything it extends."""
+    _print(recipe_rows(name), "yaml" if name and output == "table" else output)
+
+
+@app.command()
+def schema(
+    of: Annotated[Literal["sweep", "recipe"], typer.Argument()] = "sweep",
+) -> None:
+    """Print the JSON Schema of a sweep file or of a recipe."""
+    _print(json_schema(SweepSpec if of == "sweep" else Recipe), "json")
+
+
+def _load(sweep_file: Path, overrides: list[str] | None) -> tuple[str, Any]:
+    from tune_spaces.catalogue import find
+
+    path = find("sweeps", str(sweep_file), "fairway")
+    return str(path), load_sweep(path, overrides or [])
+
+
+def _view(paths: Paths, ref: str | None) -> SweepView:
+    ledger = find_sweep(paths, ref).ledger
+    view = replay(ledger)
+    if view.state == State.RUNNING and not is_held(ledger):
+        view.state = State.LOST
+        view.running.clear()
+    return view
+
+
+def _tracking(paths: Paths, view: SweepView) -> dict[str, Any]:
+    path = paths.sweep(view.started["sweep_id"]).tracking
+    return read_json(path) if path.is_file() else {}
+
+
+def _write_report(view: SweepView, paths: Paths, talk: Talk) -> Path:
+    from service.plots import write_report
+
+    files = write_report(view, paths.sweep(view.started["sweep_id"]).report)
+    for path in files.files():
+        talk.say("written", file=path)
+    return files.html
+
+
+def _show_end(view: SweepView, paths: Paths, talk: Talk, output: str) -> None:
+    """The table, the best, and how to open the UI at this sweep."""
+    from service.tracking import ui_command
+
+    if output == "table":
+        _print_finals(view)
+    else:
+        _print(report.status_document(view), output)
+    counts = report.status_document(view)
+    talk.say(
+        "counted",
+        trainings=counts["trainings"]["done"],
+        finals=counts["finals"]["done"],
+        infeasible=counts["finals"]["infeasible"],
+        cache_hits=counts["cache_hits"],
+        trained_steps=counts["trained_steps"],
+    )
+    top = report.best(view)
+    if top is not None:
+        sys.stdout.flush()
+        talk.say(
+            "best",
+            final=top["final"],
+            bpb=top["result"]["score"]["val_bpb"],
+            bytes=top["result"]["artifact_bytes"],
+            untrained_bpb=_untrained_bpb(view),
+        )
+    link = _tracking(paths, view).get("link")
+    if link:
+        say = talk.console.print
+        say("To compare the runs in MLflow, start its page and open the link:", markup=False)
+        say(f"  {ui_command(paths)}", soft_wrap=True, markup=False)
+        say(f"  {link}", soft_wrap=True, markup=False)
+
+
+def _print_finals(view: SweepView) -> None:
+    """In colour on a terminal; plain, and whatever the width, into a pipe or a log."""
+    console = Console()
+    if console.is_terminal:
+        console.print(report.summary_table(view))
+    else:
+        sys.stdout.write(report.text_table(view))
+
+
+def _untrained_bpb(view: SweepView) -> float | None:
+    results = [training["result"] for training in view.trainings.values() if training["result"]]
+    return results[0]["untrained_val_bpb"] if results else None
+
+
+def _exit_by(view: SweepView) -> None:
+    codes = {State.SUCCEEDED: 0, State.INFEASIBLE: 3, State.ILLEGAL: 3}
+    code = codes.get(view.state, 1)
+    if code == 3:
+        sys.stderr.write(_nothing_fits(view) + "\n")
+    if code:
+        raise typer.Exit(code)
+
+
+def _nothing_fits(view: SweepView) -> str:
+    try:
+        report.best_document(view, {})
+    except FairwayError as error:
+        return str(error)
+    return ""
+
+
+def _print(data: Any, output: str) -> None:
+    if output == "json":
+        sys.stdout.write(json.dumps(data, indent=1) + "\n")
+    elif output == "yaml" or isinstance(data, dict):
+        sys.stdout.write(to_yaml(data))
+    else:
+        from rich.table import Table
+
+        table = Table(*data[0].keys(), box=None)
+        for row in data:
+            table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
+        Console().print(table)
+
+
+def _prepare_environment() -> None:
+    """Ray reads these when it is imported."""
+    for name, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupt is ours to answer
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+    # An address that is given is the one meant; Ray would prefer these over it.
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        os.environ.pop(name, None)
+
+
+def main() -> None:
+    """The console script: one line on stderr and the right code for every foreseen error."""
+    try:
+        app()
+    except FairwayError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; run the same command again to go on\n")
+        sys.exit(130)

@@ -1,0 +1,88 @@
+"""A Ray to run on: the one at an address, or a small one of our own that ends with us."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+
+from service.policies import what_is_missing
+from service.sweep import Resources
+from trainer.errors import BackendError, UsageError
+
+OBJECT_STORE_BYTES = 150_000_000  # stages hand over paths, not tensors
+DRIVER = "fairway_driver"  # a custom resource, so that a waiting driver takes no CPU from a gang
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where to run: a cluster's address, or how many CPUs a local Ray may use."""
+
+    address: str | None = None
+    num_cpus: int | None = None
+
+
+def worker_environment(resources: Resources) -> dict[str, str]:
+    """Ray's own settings, which only environment variables carry (ray 2.60)."""
+    return {
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(resources.start_timeout_s),
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also the pace at which an end is noticed
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",
+        "OMP_NUM_THREADS": str(resources.cpus_per_worker),
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    }
+
+
+@contextmanager
+def cluster(where: Where, resources: Resources) -> Iterator[None]:
+    """Connect to Ray or start it, check that a gang fits, and shut it down at the end.
+
+    UsageError if the gang can never fit, BackendError if the address does not answer.
+    """
+    environment = {"env_vars": worker_environment(resources)}
+    try:
+        if where.address is not None:
+            ray.init(
+                where.address,
+                runtime_env=environment,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        else:
+            ray.init(
+                num_cpus=where.num_cpus,
+                resources={DRIVER: 1000.0},
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                runtime_env=environment,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    except (ConnectionError, RuntimeError) as error:
+        raise BackendError(
+            f"Ray at {where.address or 'this machine'}: {str(error).splitlines()[0]}; check the "
+            "address and that the head is up"
+        ) from error
+    try:
+        missing = what_is_missing(resources, ray.nodes())
+        if missing is not None:
+            raise UsageError(
+                f"resources: {missing}; lower resources.workers or cpus_per_worker, or run on a "
+                "larger cluster"
+            )
+        yield
+    finally:
+        ray.shutdown()
+
+
+def driver_resources() -> dict[str, float]:
+    """What a waiting driver reserves: nothing that a gang needs, where the cluster lets us."""
+    return {DRIVER: 1.0} if DRIVER in ray.cluster_resources() else {"CPU": 0.001}
+
+
+def num_gangs(resources: Resources) -> int:
+    """How many gangs fit at once; at least one, as `cluster` has checked."""
+    total = ray.cluster_resources()
+    fits = [total.get(kind, 0) // (n * resources.workers) for kind, n in resources.worker().items()]
+    return max(1, int(min(fits)))

@@ -1,0 +1,183 @@
+import pytest
+import torch
+from torch import nn
+
+from tests import tiny
+from tests.reference.muon_reference import PlainMuon, orthogonalise
+from trainer.model.build import build
+from trainer.model.roles import roles_of
+from trainer.optim.groups import Optimizers
+from trainer.optim.muon import Muon, momentum_at, newton_schulz
+from trainer.specs import train as specs
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def take_steps(model, optimizers, first, last):
+    """Train on a fixed batch per step, so that two models see the same."""
+    for step in range(first, last):
+        tokens = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(step))
+        model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
+        optimizers.step(step, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("singular", "expected"),
+    [(0.01, 0.699), (0.05, 0.758), (0.1, 0.712), (0.3, 1.080), (0.5, 0.765), (1.0, 0.696)],
+)
+def test_newton_schulz_maps_singular_values_as_published(singular, expected):
+    # A second value fills the Frobenius norm to 1, so that the division leaves the first alone.
+    matrix = torch.diag(torch.tensor([singular, (1 - singular**2) ** 0.5], dtype=torch.float64))
+
+    out = newton_schulz(matrix[None], 5, torch.float64)[0]
+
+    assert float(out[0, 0]) == pytest.approx(expected, abs=6e-4)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 10), (10, 4)])
+def test_newton_schulz_of_a_stack_is_the_plain_twins_of_each(shape):
+    stack = draw(3, *shape).double()
+
+    out = newton_schulz(stack, 5, torch.float64)
+
+    for matrix, found in zip(stack, out, strict=True):
+        torch.testing.assert_close(found, orthogonalise(matrix, 5))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_muon_is_the_plain_twin_over_several_steps(weight_decay):
+    spec = specs.Muon(lr=0.03, weight_decay=weight_decay, momentum_warmup_steps=3)
+    starts = [draw(8, 8), draw(8, 8, seed=1), draw(12, 4, seed=2), draw(4, 12, seed=3)]
+    parameters = [nn.Parameter(start.clone()) for start in starts]
+    twins = [PlainMuon(start, spec.lr, weight_decay, spec.ns_steps) for start in starts]
+    muon = Muon(parameters, spec)
+
+    for step, lr_scale in enumerate((1.0, 1.0, 0.5, 0.25)):
+        muon.param_groups[0] |= {"lr": spec.lr * lr_scale, "momentum": momentum_at(spec, step)}
+        for i, (parameter, twin) in enumerate(zip(parameters, twins, strict=True)):
+            parameter.grad = draw(*parameter.shape, seed=10 * step + i)
+            twin.step(parameter.grad, momentum_at(spec, step), lr_scale)
+        muon.step()
+
+    for parameter, twin in zip(parameters, twins, strict=True):
+        torch.testing.assert_close(parameter.detach().double(), twin.weight, rtol=0, atol=1e-5)
+
+
+def test_a_matrix_without_gradient_only_decays():
+    parameter = nn.Parameter(torch.ones(4, 4))
+    muon = Muon([parameter], specs.Muon(lr=0.5, weight_decay=0.1))
+
+    muon.step()
+
+    torch.testing.assert_close(parameter.detach(), torch.full((4, 4), 0.95))
+
+
+@pytest.mark.parametrize(
+    ("step", "momentum"), [(0, 0.85), (125, 0.875), (250, 0.90), (500, 0.95), (9000, 0.95)]
+)
+def test_momentum_warms_up_linearly_and_stays(step, momentum):
+    assert momentum_at(specs.Muon(), step) == pytest.approx(momentum)
+
+
+def test_without_warmup_the_momentum_is_final_at_once():
+    assert momentum_at(specs.Muon(momentum_warmup_steps=0), 0) == pytest.approx(0.95)
+
+
+def test_every_parameter_is_in_the_one_optimizer_of_its_role():
+    model = build(tiny.full_model(), seed=0)
+    optimizers = Optimizers(model, specs.Optimizer())
+
+    held = [
+        (id(parameter), role)
+        for role, optimizer in optimizers.by_role.items()
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
+
+    roles = roles_of(model)
+    declared = [(id(parameter), roles[name]) for name, parameter in model.named_parameters()]
+    assert sorted(held) == sorted(declared)
+
+
+@pytest.mark.parametrize("spec", [tiny.full_model(), tiny.bare_model()], ids=["full", "bare"])
+def test_every_parameter_has_moved_after_two_steps_with_a_gradient(spec):
+    model = build(spec, seed=0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizers = Optimizers(model, specs.Optimizer())
+    take_steps(model, optimizers, 0, 1)
+    tokens = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(5))
+
+    model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
+    without = {name for name, p in model.named_parameters() if not p.grad.any()}
+    optimizers.step(1, 1.0)
+
+    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert (without, still) == (set(), set())
+
+
+def test_each_role_has_its_own_rate_and_decay_scaled_together():
+    model = build(tiny.full_model(), seed=0)
+    spec = specs.Optimizer(
+        matrix=specs.Muon(lr=0.3, momentum_start=0.5, momentum_warmup_steps=10),
+        embed=specs.AdamW(lr=0.2, beta1=0.8, beta2=0.7, eps=1e-6, weight_decay=0.01),
+        scalar=specs.AdamW(lr=0.1),
+    )
+    optimizers = Optimizers(model, spec)
+
+    optimizers.step(10, 0.5)
+
+    groups = {role: optimizer.param_groups[0] for role, optimizer in optimizers.by_role.items()}
+    assert {role: group["lr"] for role, group in groups.items()} == {
+        "matrix": 0.15,
+        "embed": 0.1,
+        "scalar": 0.05,
+    }
+    assert groups["matrix"]["momentum"] == 0.95
+    assert (groups["embed"]["betas"], groups["embed"]["eps"]) == ((0.8, 0.7), 1e-6)
+    assert groups["embed"]["weight_decay"] == 0.01
+
+
+def test_at_rate_zero_nothing_moves_and_gradients_are_cleared():
+    model = build(tiny.full_model(), seed=0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizers = Optimizers(model, specs.Optimizer(matrix=specs.Muon(weight_decay=0.1)))
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+
+    model(tokens, tokens).mean().backward()
+    optimizers.step(0, 0.0)
+
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_clip_bounds_the_norm_over_all_parameters():
+    model = build(tiny.full_model(), seed=0)
+    optimizers = Optimizers(model, specs.Optimizer(grad_clip=0.5))
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+
+    optimizers.step(0, 1.0)
+
+    # After one step AdamW's first moment is 0.1 of the clipped gradient, Muon's is all of it.
+    squares = 0.0
+    for role, scale in (("matrix", 1.0), ("embed", 10.0), ("scalar", 10.0)):
+        for state in optimizers.by_role[role].state.values():
+            moment = state["momentum_buffer" if role == "matrix" else "exp_avg"]
+            squares += float((scale * moment).square().sum())
+    assert squares**0.5 == pytest.approx(0.5, rel=1e-3)
+
+
+def test_a_restored_optimizer_goes_on_to_the_same_bits():
+    straight, resumed = (build(tiny.full_model(), seed=0) for _ in range(2))
+    ahead, first = (Optimizers(model, specs.Optimizer()) for model in (straight, resumed))
+    take_steps(straight, ahead, 0, 4)
+    take_steps(resumed, first, 0, 2)
+
+    second = Optimizers(resumed, specs.Optimizer())
+    second.load_state_dict(first.state_dict())
+    take_steps(resumed, second, 2, 4)
+
+    pairs = zip(straight.parameters(), resumed.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
