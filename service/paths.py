@@ -2,7 +2,7 @@
 
     HOME/                         .fairway in the working directory unless told otherwise
       data/NAME/                  prepared shards with manifest.json and tokenizer.model
-      store/trainings/ID/         task.json metrics.jsonl checkpoint/ bank/ result.json
+      store/trainings/ID/         task.json inputs.json metrics.jsonl checkpoint/ bank/ result.json
       store/parities/ID/          result.json
       store/finals/ID/            task.json artifact/ score.json audit.json result.json
       sweeps/SWEEP_ID/            sweep.yaml events.jsonl tracking.json report/ logs/

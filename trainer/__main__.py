@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 from trainer.codec import dump, parse, parse_assignment, read_recipe, to_yaml, with_values
-from trainer.data.prepare import prepare_embedded
 from trainer.data.shards import Dataset, load_dataset
-from trainer.errors import FairwayError
+from trainer.errors import FairwayError, InfeasibleError
+from trainer.protocol import ARTIFACT_BYTES_CAP
+from trainer.results import FinalResult
 from trainer.run import check_parity, finalize, is_trained, train
 from trainer.runtime.distributed import Ranks, from_torchrun
 from trainer.runtime.files import write_text
@@ -35,13 +36,16 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def _dataset(folder: Path, name: str, ranks: Ranks) -> Dataset:
     if name == "embedded" and ranks.is_first and not folder.is_dir():
+        # The artifact's code has no text to prepare: it is given a folder.
+        from trainer.data.prepare import prepare_embedded
+
         prepare_embedded(folder)
     ranks.barrier()
     return load_dataset(folder)
 
 
-def run(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, object]:
-    """Walk the line once and return the final's result as plain data."""
+def run(arguments: argparse.Namespace, ranks: Ranks) -> FinalResult | None:
+    """Walk the line once and return the final's result, on the first rank."""
     values = [parse_assignment(text) for text in arguments.overrides]
     data = with_values(read_recipe(arguments.recipe), values)
     recipe = parse(Recipe, data, str(arguments.recipe))
@@ -54,12 +58,24 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, object]:
     if not is_trained(task, dataset, training):
         train(task, dataset, training, ranks)
     if not ranks.is_first:
-        return {}
+        return None
     alone = Ranks(device=ranks.device)
     parity = check_parity(training, dataset, out / "parity", alone)
     final = final_task(recipe)
-    result = finalize(final, training, dataset, out / "final", parity.rule, alone)
-    return dump(result)
+    return finalize(final, training, dataset, out / "final", parity.rule, alone)
+
+
+def require_submittable(result: FinalResult) -> None:
+    """Raise InfeasibleError for an artifact over the challenge's cap or a failed audit."""
+    over = result.artifact_bytes - ARTIFACT_BYTES_CAP
+    if over > 0:
+        raise InfeasibleError(
+            f"artifact: {result.artifact_bytes:,} bytes, {over:,} over the cap of "
+            f"{ARTIFACT_BYTES_CAP:,}; prune more, use fewer bits or a smaller model"
+        )
+    for rule in result.audit:
+        if rule.verdict == "fail":
+            raise InfeasibleError(f"audit {rule.id}: {rule.detail}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,8 +88,14 @@ def main(argv: list[str] | None = None) -> int:
         except FairwayError as error:
             sys.stderr.write(f"{error}\n")
             return error.exit_code
-    if ranks.is_first:
-        sys.stdout.write(json.dumps(result, indent=1) + "\n")
+    if result is None:
+        return 0
+    sys.stdout.write(json.dumps(dump(result), indent=1) + "\n")
+    try:
+        require_submittable(result)
+    except InfeasibleError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
     return 0
 
 

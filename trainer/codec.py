@@ -199,6 +199,8 @@ def parse(cls: type[T], data: Any, where: str) -> T:
         raise UsageError(f"{where}: {error}") from error
     try:
         return _adapter(cls).validate_json(text, strict=True)
+    except OverflowError as error:
+        raise UsageError(f"{where}: a number is too large to work with") from error
     except ValidationError as error:
         lines = _explain(cls, error)
         raise UsageError("\n".join(f"{where}: {line}" for line in lines)) from error

@@ -1,9 +1,8 @@
 """The code that is counted: the trainer package as one runnable zip.
 
 Sources go in as they are: `ast.unparse` differs between Python versions, and a stripped file
-would no longer be the one that was tested. Text to train on and the means to fetch more are no
-part of scoring an artifact, so they are not shipped; `data/prepare.py` is, because
-`trainer.__main__` imports it. `python code.pyz …` needs the third-party packages only.
+would no longer be the one that was tested. What only makes data is no part of training or of
+scoring, so it is not shipped. `python code.pyz …` needs the third-party packages only.
 """
 
 import hashlib
@@ -18,8 +17,12 @@ from trainer.runtime.files import write_bytes
 
 PACKAGE: Final = "trainer"
 NOT_SHIPPED: Final = frozenset(
-    {"trainer/data/embedded", "trainer/data/fetch.py", "trainer/data/download.py"}
-)
+    f"trainer/data/{name}"
+    for name in (
+        "embedded", "fetch.py", "download.py", "prepare.py", "documents.py", "partition.py",
+        "overlap.py", "staging.py",
+    )
+)  # fmt: skip
 EPOCH: Final = (1980, 1, 1, 0, 0, 0)  # the earliest date that a zip can hold
 MAIN: Final = b"""\
 from trainer.__main__ import main

@@ -1,0 +1,81 @@
+"""The command line as users know it: verbs, arguments, flags and exit codes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import typer.main
+
+from service.cli import app
+from trainer import errors
+
+SURFACE = """\
+best [SWEEP] --home -o/--output
+data fetch [VARIANT] --train-shards --holdout/--no-holdout --name --base-url --repo --home
+data ls --home -o/--output
+data prepare [SOURCES] --name --embedded --tokenizer --vocab-size --val-fraction \
+--holdout-fraction --shard-tokens --seed --home
+data verify NAME --home
+recipes [NAME] -o/--output
+report [SWEEP] --home -o/--output --open
+run SWEEP_FILE -S --home --num-cpus --address --tracking-uri -o/--output
+schema [OF]
+score ARTIFACT --data --window --stride --variant --home -o/--output
+status [SWEEP] --home -o/--output
+sync [SWEEP] --home --tracking-uri
+validate SWEEP_FILE -S --home -o/--output
+""".splitlines()
+
+EXIT_CODES = {
+    "FairwayError": 1,
+    "TrainingError": 1,
+    "UsageError": 2,
+    "DataError": 2,
+    "InfeasibleError": 3,
+    "BudgetError": 4,
+    "BackendError": 5,
+}
+
+
+def test_verbs_and_flags_are_those_that_users_know() -> None:
+    shown = sorted(_lines(typer.main.get_command(app), []))
+
+    assert shown == SURFACE, (
+        "the command line changed; if that is meant, change SURFACE, README and CHANGELOG with it"
+    )
+
+
+def test_every_verb_says_what_it_does() -> None:
+    silent = [path for path, verb in _verbs(typer.main.get_command(app), []) if not verb.help]
+
+    assert not silent, f"write a docstring for the verb: {silent}"
+
+
+def test_exit_codes_are_those_that_scripts_know() -> None:
+    classes = [value for value in vars(errors).values() if isinstance(value, type)]
+
+    codes = {cls.__name__: cls.exit_code for cls in classes if hasattr(cls, "exit_code")}
+
+    assert codes == EXIT_CODES, (
+        "an exit code changed; if that is meant, change EXIT_CODES, README and CHANGELOG with it"
+    )
+
+
+def _verbs(command: Any, path: list[str]) -> Iterator[tuple[str, Any]]:
+    if not hasattr(command, "commands"):
+        yield " ".join(path), command
+        return
+    for name, inner in command.commands.items():
+        yield from _verbs(inner, [*path, name])
+
+
+def _lines(command: Any, path: list[str]) -> Iterator[str]:
+    for name, verb in _verbs(command, path):
+        yield " ".join([name, *(_shown(parameter) for parameter in verb.params)])
+
+
+def _shown(parameter: Any) -> str:
+    """NAME or [NAME] for an argument; every spelling of an option."""
+    if parameter.param_type_name == "argument":
+        name = parameter.name.upper()
+        return name if parameter.required else f"[{name}]"
+    return "/".join([*parameter.opts, *parameter.secondary_opts])
