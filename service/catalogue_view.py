@@ -24,8 +24,9 @@ def find_sweep(paths: Paths, ref: str | None) -> SweepPaths:
     matching = [sweep for sweep in found if sweep.startswith(ref)]
     if ref in matching:
         return paths.sweep(ref)
-    if len(matching) == 1:
-        return paths.sweep(matching[0])
+    named = [sweep for sweep in found if sweep.rpartition("-")[0] == ref]
+    if named or len(matching) == 1:
+        return paths.sweep((named or matching)[-1])  # the newest of that name
     if matching:
         raise UsageError(f"{ref!r} fits {len(matching)} sweeps: {', '.join(matching)}")
     raise UsageError(f"no sweep {ref!r} under {paths.sweeps}{suggest(ref, found)}")

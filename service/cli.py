@@ -9,6 +9,8 @@ import json
 import os
 import sys
 import webbrowser
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -104,13 +106,14 @@ def run(
     folder = paths.sweep(plan.sweep_id)
     uri = tracking_uri or default_uri(paths)
     after = replay(folder.ledger).events if folder.ledger.is_file() else 0
-    with Follower(paths, plan.sweep_id, uri, after) as follower:
+    with _interruptible(), Follower(paths, plan.sweep_id, uri, after) as follower:
         view = run_sweep(setting, talk)
         _write_report(view, paths, talk)
         try:
             follower.finish()
         finally:
             _show_end(view, paths, talk, output)
+            _show_tracking(view, paths, talk, is_embedded=tracking_uri is None)
     _exit_by(view)
 
 
@@ -204,6 +207,20 @@ def schema(
     _print(json_schema(SweepSpec if of == "sweep" else Recipe), "json")
 
 
+class Interrupted(FairwayError):
+    """Ctrl-C: what is finished is kept."""
+
+    exit_code = 130
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted; run the same command again to go on") from error
+
+
 def _load(sweep_file: Path, overrides: list[str] | None) -> tuple[str, Any]:
     from tune_spaces.catalogue import find
 
@@ -235,9 +252,7 @@ def _write_report(view: SweepView, paths: Paths, talk: Talk) -> Path:
 
 
 def _show_end(view: SweepView, paths: Paths, talk: Talk, output: str) -> None:
-    """The table, the best, and how to open the UI at this sweep."""
-    from service.tracking import ui_command
-
+    """The table, what was counted, and the best."""
     if output == "table":
         _print_finals(view)
     else:
@@ -261,12 +276,22 @@ def _show_end(view: SweepView, paths: Paths, talk: Talk, output: str) -> None:
             bytes=top["result"]["artifact_bytes"],
             untrained_bpb=_untrained_bpb(view),
         )
+
+
+def _show_tracking(view: SweepView, paths: Paths, talk: Talk, *, is_embedded: bool) -> None:
+    """How to open MLflow at this sweep; the embedded store has to be served first."""
+    from service.tracking import ui_command
+
     link = _tracking(paths, view).get("link")
-    if link:
-        say = talk.console.print
+    if not link:
+        return
+    say = talk.console.print
+    if is_embedded:
         say("To compare the runs in MLflow, start its page and open the link:", markup=False)
         say(f"  {ui_command(paths)}", soft_wrap=True, markup=False)
-        say(f"  {link}", soft_wrap=True, markup=False)
+    else:
+        say("To compare the runs in MLflow, open the link:", markup=False)
+    say(f"  {link}", soft_wrap=True, markup=False)
 
 
 def _print_finals(view: SweepView) -> None:
@@ -337,6 +362,3 @@ def main() -> None:
     except FairwayError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; run the same command again to go on\n")
-        sys.exit(130)

@@ -4,10 +4,11 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
-from service.policies import what_is_missing
+from service.policies import gangs_at_once, what_is_missing
 from service.sweep import Resources
 from trainer.errors import BackendError, UsageError
 
@@ -59,13 +60,13 @@ def cluster(where: Where, resources: Resources) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, ValueError) as error:
         raise BackendError(
             f"Ray at {where.address or 'this machine'}: {str(error).splitlines()[0]}; check the "
             "address and that the head is up"
         ) from error
     try:
-        missing = what_is_missing(resources, ray.nodes())
+        missing = what_is_missing(resources, _nodes())
         if missing is not None:
             raise UsageError(
                 f"resources: {missing}; lower resources.workers or cpus_per_worker, or run on a "
@@ -83,6 +84,15 @@ def driver_resources() -> dict[str, float]:
 
 def num_gangs(resources: Resources) -> int:
     """How many gangs fit at once; at least one, as `cluster` has checked."""
-    total = ray.cluster_resources()
-    fits = [total.get(kind, 0) // (n * resources.workers) for kind, n in resources.worker().items()]
-    return max(1, int(min(fits)))
+    return max(1, gangs_at_once(resources, _nodes()))
+
+
+def _nodes() -> list[dict[str, Any]]:
+    """The nodes as gangs see them: where drivers have to take CPU, one is theirs."""
+    nodes = ray.nodes()
+    if DRIVER in ray.cluster_resources() or len([n for n in nodes if n["Alive"]]) > 1:
+        return nodes
+    return [
+        {**node, "Resources": {**node["Resources"], "CPU": node["Resources"].get("CPU", 1) - 1}}
+        for node in nodes
+    ]

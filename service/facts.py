@@ -39,12 +39,18 @@ def _git(folder: Path) -> dict[str, Any]:
         return {"git_commit": None, "git_dirty": None}
 
     def ask(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True)
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *words], capture_output=True, text=True
+            )
+        except OSError:  # no git here: the commit is not known
+            return ""
         return done.stdout.strip()
 
+    commit = ask("rev-parse", "HEAD") or None
     return {
-        "git_commit": ask("rev-parse", "HEAD") or None,
-        "git_dirty": bool(ask("status", "--porcelain")),
+        "git_commit": commit,
+        "git_dirty": bool(ask("status", "--porcelain")) if commit else None,
     }
 
 

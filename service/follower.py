@@ -32,23 +32,27 @@ class Follower:
     ) -> None:
         if error is not None:
             self._process.terminate()
-        self._process.wait(PATIENCE_S)
+        self._end(self._process)
 
     def finish(self) -> None:
         """Wait until everything is written; BackendError says how to write it later."""
-        try:
-            code = self._process.wait(PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            self._process.terminate()
-            code = self._process.wait()
+        code = self._end(self._process)
         if code != 0:  # it may have met the follower of a run that was killed before this one
-            self._process = self._start("--once")
-            code = self._process.wait(PATIENCE_S)
+            code = self._end(self._start("--once"))
         if code != 0:
             raise BackendError(
                 f"MLflow is not complete ({_last_line(self._log)}); the results are safe: "
                 "run `fairway sync` when it is back"
             )
+
+    @staticmethod
+    def _end(process: subprocess.Popen[bytes]) -> int:
+        """Wait for a projector, for as long as there is patience; return its exit code."""
+        try:
+            return process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
 
     def _start(self, *options: str) -> subprocess.Popen[bytes]:
         self._log.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ The gang is one placement group. It never holds a part of its workers while it w
 its time is up it says what it needed and what was free. Ray's own retries of the start are off.
 """
 
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -13,6 +14,7 @@ from ray.train import ControllerError, WorkerGroupError
 
 from service.sweep import Resources
 from trainer.errors import FairwayError, TrainingError
+from trainer.runtime.files import write_text
 
 
 class GangFailure(FairwayError):
@@ -52,7 +54,12 @@ def run_gang(job: dict[str, Any], resources: Resources, infra_retries: int) -> N
     except ControllerError as error:
         raise GangFailure(_start_reason(error, resources)) from error
     except WorkerGroupError as error:
-        raise GangFailure(f"workers lost {infra_retries + 1} times: {_last_line(error)}") from error
+        trace = Path(job["folder"]) / "error.txt"
+        write_text(trace, str(error))
+        raise GangFailure(
+            f"workers failed {infra_retries + 1} times, last: {_last_line(error)}; see {trace} and "
+            "rank*.log beside it"
+        ) from error
     returned = outcome.return_value or {}
     if "error" in returned:
         raise TrainingError(returned["error"])
@@ -65,6 +72,8 @@ def _train_rank(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _start_reason(error: ControllerError, resources: Resources) -> str:
+    if "startup timed out" not in str(error).lower():
+        return f"the gang's controller failed: {_last_line(error)}"
     free = ray.available_resources()
     needs = " + ".join(f"{each:g} {kind}" for kind, each in resources.worker().items())
     have = ", ".join(f"{free.get(kind, 0):g} {kind}" for kind in resources.worker())

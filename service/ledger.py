@@ -48,6 +48,7 @@ class SweepView:
         match event["event"]:
             case "sweep_started":
                 self.started, self.state = event, State.RUNNING
+                self.running.clear()
             case "training_started":
                 self.running[event["training"]] = event
             case "training_finished":

@@ -7,17 +7,21 @@ a path, a name or a resource that only says where it runs.
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from service.sweep import Sweep
+from service.sweep import Resources, Sweep
 from trainer.codec import dump, fingerprint
 from trainer.data.shards import Dataset
+from trainer.errors import UsageError
 from trainer.finalize.code import code_digest
+from trainer.optim.schedule import lr_scale
 from trainer.protocol import SPEC_VERSION
 from trainer.sizes import flops_per_token, forecast_weights_bytes, num_params
 from trainer.specs.recipe import Recipe
 from trainer.specs.task import FinalTask, TrainTask, final_task, train_task
+from trainer.specs.train import TrainSpec
 from tune_spaces.space import Point, grid, of_phase, sample
 
 ID_LENGTH = 20
+DECAY = "train.averages.ema_decay"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +62,12 @@ class Inputs:
 
     data_digest: str
     code_digest: str
+    vocab_size: int
 
 
 def inputs_of(dataset: Dataset) -> Inputs:
     """The inputs of a sweep on this data, with the code as it is here."""
-    return Inputs(dataset.digest, code_digest())
+    return Inputs(dataset.digest, code_digest(), dataset.vocab_size)
 
 
 def make_plan(sweep: Sweep, inputs: Inputs, where: str) -> Plan:
@@ -89,23 +94,51 @@ def _plan_trainings(sweep: Sweep, inputs: Inputs, where: str) -> tuple[Training,
         points = grid(axes, where)
     else:
         points = sample(axes, search.num or 1, search.seed, f"{where}: search.train.num")
-    decays = _banked_decays(sweep)
+    decays = _banked_decays(sweep, where)
     trainings: dict[str, Training] = {}
     for point in points:
         for seed in sweep.spec.seeds.search:
             recipe = sweep.recipe_at(point, seed, f"{where}: point {_words(point)}")
             task = _with_bank(train_task(recipe), decays)
+            _check_training(recipe, sweep, inputs, f"{where}: point {_words(point)}")
             key = training_id(task, inputs, sweep)
             trainings.setdefault(key, Training(key, point, seed, task))
     return tuple(trainings.values())
 
 
-def _banked_decays(sweep: Sweep) -> tuple[float, ...]:
-    """Every EMA decay that the space's finals may ask a bank for."""
-    axis = sweep.spec.space.get("train.averages.ema_decay")
-    if axis is None:
-        return ()
-    return tuple(float(value) for value in axis.grid())
+def _banked_decays(sweep: Sweep, where: str) -> tuple[float, ...]:
+    """Every EMA decay that a final of the sweep asks a bank for."""
+    points = _final_points(sweep, where)
+    return tuple({float(p[DECAY]) for p in points if DECAY in p})
+
+
+def _check_training(recipe: Recipe, sweep: Sweep, inputs: Inputs, where: str) -> None:
+    """Refuse what would fail only once a gang is up, or only after it has trained."""
+    train, workers = recipe.train, sweep.spec.resources.workers
+    sequences = train.batch_tokens // train.seq_len
+    if sequences % workers:
+        raise UsageError(
+            f"{where}: train.batch_tokens={train.batch_tokens} is {sequences} sequences, which "
+            f"resources.workers={workers} do not share evenly"
+        )
+    if recipe.model.vocab_size < inputs.vocab_size:
+        raise UsageError(
+            f"{where}: model.vocab_size={recipe.model.vocab_size} is below the "
+            f"{inputs.vocab_size} tokens of the data; set model.vocab_size={inputs.vocab_size}"
+        )
+    if recipe.final.average == "swa" and not _takes_snapshots(train):
+        raise UsageError(
+            f"{where}: train.averages.swa takes no snapshot in {train.iterations} iterations; "
+            "lower swa.every, raise swa.start_scale or lengthen the warmdown"
+        )
+
+
+def _takes_snapshots(train: TrainSpec) -> bool:
+    swa = train.averages.swa
+    if swa is None or train.schedule.basis != "steps":
+        return swa is not None  # by wall clock it shows only on the way
+    due = range(swa.every, train.iterations + 1, swa.every)
+    return any(lr_scale(train, step - 1, 0.0) < swa.start_scale for step in due)
 
 
 def _with_bank(task: TrainTask, decays: tuple[float, ...]) -> TrainTask:
@@ -127,7 +160,8 @@ def plan_final(sweep: Sweep, inputs: Inputs, training: Training, point: Point, w
     full = {**training.point, **point}
     recipe = sweep.recipe_at(full, training.seed, f"{where}: point {_words(full)}")
     task = final_task(recipe)
-    return Final(final_id(task, training.id, inputs), training.id, full, training.seed, task)
+    key = final_id(task, training.id, inputs, _device(sweep.spec.resources))
+    return Final(key, training.id, full, training.seed, task)
 
 
 def sweep_id(sweep: Sweep, inputs: Inputs) -> str:
@@ -146,14 +180,21 @@ def training_id(task: TrainTask, inputs: Inputs, sweep: Sweep) -> str:
         task=described,
         data=inputs.data_digest,
         world_size=resources.workers,
-        device="cuda" if resources.gpus_per_worker else "cpu",
         attention="sdpa",
+        **_device(resources),
     )
 
 
-def final_id(task: FinalTask, training: str, inputs: Inputs) -> str:
+def _device(resources: Resources) -> dict[str, Any]:
+    """What sets the order of sums on one worker."""
+    if resources.gpus_per_worker:
+        return {"device": "cuda"}
+    return {"device": "cpu", "threads": resources.cpus_per_worker}
+
+
+def final_id(task: FinalTask, training: str, inputs: Inputs, device: dict[str, Any]) -> str:
     """Identity of a final. The code is part of the artifact, so its digest counts."""
-    return _id("final", task=dump(task), training=training, code=inputs.code_digest)
+    return _id("final", task=dump(task), training=training, code=inputs.code_digest, **device)
 
 
 def parity_id(training: str) -> str:

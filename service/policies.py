@@ -14,7 +14,11 @@ def settle(
     """Return a final's state and the reason for it, the first broken constraint's.
 
     A value over its limit is infeasible; a clock over its limit or a failed audit is illegal.
+    A failed audit is so whether or not the sweep names it: `best` would never take it.
     """
+    failed = [rule for rule in final["audit"] if rule["verdict"] == "fail"]
+    if failed:
+        return State.ILLEGAL, f"audit {failed[0]['id']}: {failed[0]['detail']}"
     values = {
         "artifact_bytes": final["artifact_bytes"],
         "val_bpb": final["score"]["val_bpb"],
@@ -23,10 +27,7 @@ def settle(
     }
     for constraint in constraints:
         if constraint.limit is None:
-            failed = [rule for rule in final["audit"] if rule["verdict"] == "fail"]
-            if failed:
-                return State.ILLEGAL, f"audit {failed[0]['id']}: {failed[0]['detail']}"
-            continue
+            continue  # the audit, judged above
         value = values[constraint.subject]
         if value > constraint.limit:
             over = value - constraint.limit
@@ -63,3 +64,18 @@ def what_is_missing(resources: Resources, nodes: list[dict[str, Any]]) -> str | 
             where = " on one node" if resources.placement == "STRICT_PACK" else ""
             return f"need {resources.workers} × {each:g} {kind}{where}, have {have}"
     return None
+
+
+def gangs_at_once(resources: Resources, nodes: list[dict[str, Any]]) -> int:
+    """Count the gangs that such nodes hold at the same time, each node's places apart."""
+    each = resources.worker()
+    places = [
+        min(int(node["Resources"].get(kind, 0) // num) for kind, num in each.items())
+        for node in nodes
+        if node["Alive"]
+    ]
+    if resources.placement == "STRICT_PACK":
+        return sum(place // resources.workers for place in places)
+    if resources.placement == "STRICT_SPREAD":
+        return 1 if len([place for place in places if place]) >= resources.workers else 0
+    return sum(places) // resources.workers

@@ -29,6 +29,7 @@ from service.talk import Talk, Watch
 from service.trials import final_trial, train_trial
 from trainer.codec import dump, to_yaml
 from trainer.data.shards import Dataset
+from trainer.errors import UsageError
 from trainer.runtime.files import write_text
 from tune_spaces.space import phase_of
 
@@ -70,18 +71,26 @@ class SweepRun:
             self._record_known()
             trainings, finals = self._missing_trainings(), self._missing_finals()
             if trainings or finals:
-                resources = self.setting.sweep.spec.resources
-                with (
-                    cluster(self.setting.where, resources),
-                    Watch(self.talk, len(finals)) as self.watch,
-                ):
-                    self._train(trainings)
-                    self._finalize(self._missing_finals())
-            self._close()
+                self._compute(trainings, len(finals))
+            self._close(verdict(ledger.view))
             return ledger.view
+
+    def _compute(self, trainings: Sequence[Training], num_finals: int) -> None:
+        """Everything that needs Ray; a gang that can never fit ends the sweep here."""
+        try:
+            with (
+                cluster(self.setting.where, self.setting.sweep.spec.resources),
+                Watch(self.talk, num_finals) as self.watch,
+            ):
+                self._train(trainings)
+                self._finalize(self._missing_finals())
+        except UsageError:
+            self._close(State.FAILED)
+            raise
 
     def _open(self) -> None:
         sweep, plan = self.setting.sweep, self.plan
+        self.interrupted = set(self.ledger.view.running)
         write_text(self.folder.spec, to_yaml(sweep.spec))
         self.ledger.append(
             "sweep_started",
@@ -110,8 +119,8 @@ class SweepRun:
             result = self.store.find("trainings", training.id)
             if result is not None:
                 self.cache_hits += 1
-                ours = training.id in self.ledger.view.running  # finished as the driver died
-                self._training_finished(training, State.SUCCEEDED, None, result, cached=not ours)
+                is_ours = training.id in self.interrupted  # finished as our driver died
+                self._training_finished(training, State.SUCCEEDED, None, result, cached=not is_ours)
         for final in self.plan.finals:
             result = self.store.find("finals", final.id)
             if result is not None and self._is_trained(final.training):
@@ -124,10 +133,22 @@ class SweepRun:
         return known is not None and known["state"] == State.SUCCEEDED
 
     def _missing_trainings(self) -> list[Training]:
-        return [t for t in self.plan.trainings if not self._is_trained(t.id)]
+        """Trainings that never succeeded, or whose bank is gone while finals still need it."""
+        needed = {final.training for final in self._missing_finals()}
+        return [
+            training
+            for training in self.plan.trainings
+            if not self._is_trained(training.id)
+            or (training.id in needed and self.store.find("trainings", training.id) is None)
+        ]
 
     def _missing_finals(self) -> list[Final]:
-        return [f for f in self.plan.finals if self.store.find("finals", f.id) is None]
+        """Finals that the ledger has not settled, whether or not the store has them by now."""
+        return [final for final in self.plan.finals if not self._is_settled(final.id)]
+
+    def _is_settled(self, final_id: str) -> bool:
+        known = self.ledger.view.finals.get(final_id)
+        return known is not None and known["state"] != State.FAILED
 
     def _train(self, trainings: Sequence[Training]) -> None:
         """The train search: every trial is one training, every training one gang."""
@@ -211,6 +232,7 @@ class SweepRun:
         """Record what became of a training, as its trial reported it."""
         training = self.trainings[outcome["training"]]
         self.watch.training_ended(training.id)
+        self.cache_hits += outcome["cached"]
         self._training_finished(
             training,
             State(outcome["state"]),
@@ -228,6 +250,7 @@ class SweepRun:
         elif "quarantined" in outcome:
             self._settle_final(final, State.ILLEGAL, outcome["quarantined"], None, cached=False)
         else:
+            self.cache_hits += outcome["cached"]
             self._final_scored(final, outcome["result"], cached=outcome["cached"])
 
     def _training_finished(
@@ -278,8 +301,7 @@ class SweepRun:
         *,
         cached: bool,
     ) -> None:
-        known = self.ledger.view.finals.get(final.id)
-        if known is not None and known["state"] != State.FAILED:
+        if self._is_settled(final.id):
             return
         self.ledger.append(
             "final_scored",
@@ -302,10 +324,9 @@ class SweepRun:
             **_short(final.point),
         )
 
-    def _close(self) -> None:
-        view = self.ledger.view
-        self.ledger.append("sweep_finished", state=verdict(view), cache_hits=self.cache_hits)
-        self.talk.say("sweep_finished", sweep=self.plan.sweep_id, state=view.state)
+    def _close(self, state: State) -> None:
+        self.ledger.append("sweep_finished", state=state, cache_hits=self.cache_hits)
+        self.talk.say("sweep_finished", sweep=self.plan.sweep_id, state=state)
 
 
 def _short(point: dict[str, Any]) -> dict[str, Any]:

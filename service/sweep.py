@@ -42,6 +42,7 @@ class TrainSearch:
     def __post_init__(self) -> None:
         require_positive(num=self.num)
         require((self.method == "grid") == (self.num is None), "num goes with method: random")
+        require(self.seed >= 0, f"seed={self.seed} is below 0")
 
 
 @spec
@@ -58,6 +59,7 @@ class FinalSearch:
             (self.method == "grid") == (self.per_bank is None),
             "per_bank goes with method: random",
         )
+        require(self.seed >= 0, f"seed={self.seed} is below 0")
 
 
 @spec
@@ -85,6 +87,7 @@ class Seeds:
     def __post_init__(self) -> None:
         require(len(self.search) > 0, "search is empty")
         require(len(set(self.search)) == len(self.search), "search has a repeat")
+        require(min(self.search) >= 0, f"search has a seed below 0: {min(self.search)}")
 
 
 @spec
@@ -229,7 +232,7 @@ def load_sweep(path: Path, assignments: Sequence[str] = ()) -> Sweep:
 
 def _assign(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """Lay -S values over the sweep file: its own fields by name, everything else on the recipe."""
-    own = set(names_of(SweepSpec)) - {"data"}
+    own = set(names_of(SweepSpec)) - (set() if data.get("data") else {"data"})
     for text in assignments:
         path, value = parse_assignment(text)
         if path.partition(".")[0] in own:

@@ -7,11 +7,12 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 class Talk:
-    """Says what happens to a sweep. Thread-safe; silent once closed."""
+    """Says what happens to a sweep. Thread-safe."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stderr, highlight=False)
@@ -22,7 +23,7 @@ class Talk:
         shown = {name: value for name, value in facts.items() if value is not None}
         with self._lock:
             if self.console.is_terminal:
-                words = "  ".join(f"[dim]{k}[/] {_word(v)}" for k, v in shown.items())
+                words = "  ".join(f"[dim]{k}[/] {escape(_word(v))}" for k, v in shown.items())
                 self.console.print(f"[bold]{event.replace('_', ' ')}[/]  {words}")
             else:
                 pairs = [f"event={event}", *(f"{k}={_quoted(v)}" for k, v in shown.items())]
@@ -96,7 +97,9 @@ class Watch:
                 for stage, (path, steps, label) in list(self._trainings.items()):
                     bar = bars.get(stage)
                     if bar is None:
-                        bar = bars[stage] = progress.add_task(label, total=steps, note="starting")
+                        bar = bars[stage] = progress.add_task(
+                            escape(label), total=steps, note="starting"
+                        )
                     step, note = _latest(path)
                     progress.update(bar, completed=step, note=note)  # type: ignore[arg-type]
                 for stage in bars.keys() - self._trainings.keys():

@@ -76,7 +76,7 @@ def project(
     quiet_mlflow()
     sweep = paths.sweep(sweep_id)
     if not follow and not sweep.ledger.is_file():
-        raise UsageError(f"{sweep.ledger}: no such sweep; see `fairway ls`")
+        raise UsageError(f"{sweep.ledger}: no such sweep; see `fairway status`")
     parent = _Parent(parent_pid, stop)
     with _only_projector(sweep, patience_s=LOCK_S if follow else 0.0):
         if follow:

@@ -1,6 +1,8 @@
 """`python -m trainer RECIPE.yaml`: one training, its final and its score, without the service.
 
-Works alone and under torchrun. Finished stages in the output folder are kept.
+Works alone and under torchrun. A finished training in the output folder is kept. Given an
+artifact's folder instead of a recipe, it scores that:
+`python code.pyz artifact --data DATA -S window=2048 -S stride=64`.
 """
 
 import argparse
@@ -10,26 +12,27 @@ from pathlib import Path
 
 from trainer.codec import dump, parse, parse_assignment, read_recipe, to_yaml, with_values
 from trainer.data.shards import Dataset, load_dataset
-from trainer.errors import FairwayError, InfeasibleError
+from trainer.errors import FairwayError, InfeasibleError, UsageError
 from trainer.protocol import ARTIFACT_BYTES_CAP
-from trainer.results import FinalResult
-from trainer.run import check_parity, finalize, is_trained, train
+from trainer.results import FinalResult, Score
+from trainer.run import check_parity, finalize, is_trained, score_artifact, train
 from trainer.runtime.distributed import Ranks, from_torchrun
 from trainer.runtime.files import write_text
 from trainer.runtime.logs import configure
+from trainer.specs.evaluate import EvaluateSpec
 from trainer.specs.recipe import Recipe
 from trainer.specs.task import final_task, train_task
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
-    parser.add_argument("recipe", type=Path, help="a recipe file")
+    parser.add_argument("recipe", type=Path, help="a recipe file, or an artifact to score")
     parser.add_argument("-S", dest="overrides", action="append", default=[], metavar="PATH=VALUE")
     parser.add_argument("-o", "--out", type=Path, default=Path("out"), help="output folder")
     parser.add_argument(
         "--data",
         type=Path,
-        help="folder of prepared shards; default: DATA/NAME beside OUT, made for `embedded`",
+        help="folder of prepared shards; default: OUT/data/NAME, made for `embedded`",
     )
     return parser.parse_args(argv)
 
@@ -55,7 +58,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> FinalResult | None:
         write_text(out / "effective.yaml", to_yaml(recipe))
     training = out / "training"
     task = train_task(recipe)
-    if not is_trained(task, dataset, training):
+    if not is_trained(task, dataset, training, ranks):
         train(task, dataset, training, ranks)
     if not ranks.is_first:
         return None
@@ -63,6 +66,19 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> FinalResult | None:
     parity = check_parity(training, dataset, out / "parity", alone)
     final = final_task(recipe)
     return finalize(final, training, dataset, out / "final", parity.rule, alone)
+
+
+def score(arguments: argparse.Namespace, ranks: Ranks) -> Score | None:
+    """Score an artifact's folder on the val split of --data; -S sets window, stride, variant."""
+    if not ranks.is_first:
+        return None
+    if arguments.data is None:
+        raise UsageError("--data: give the folder of prepared shards to score on")
+    values = [parse_assignment(text) for text in arguments.overrides]
+    spec = parse(EvaluateSpec, with_values({}, values), "-S")
+    alone = Ranks(device=ranks.device)
+    dataset = load_dataset(arguments.data)
+    return score_artifact(arguments.recipe, dataset, spec, alone, dtype="float32")[0]
 
 
 def require_submittable(result: FinalResult) -> None:
@@ -84,7 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     with from_torchrun() as ranks:
         configure(ranks.rank)
         try:
-            result = run(arguments, ranks)
+            is_artifact = arguments.recipe.is_dir()
+            result = score(arguments, ranks) if is_artifact else run(arguments, ranks)
         except FairwayError as error:
             sys.stderr.write(f"{error}\n")
             return error.exit_code
@@ -92,7 +109,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     sys.stdout.write(json.dumps(dump(result), indent=1) + "\n")
     try:
-        require_submittable(result)
+        if isinstance(result, FinalResult):
+            require_submittable(result)
     except InfeasibleError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

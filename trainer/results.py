@@ -77,8 +77,3 @@ class FinalResult:
     score: Score
     audit: tuple[Rule, ...]
     finalize_clock_s: float
-
-    @property
-    def audit_verdict(self) -> str:
-        """`fail` if any rule failed, else `pass`."""
-        return "fail" if any(rule.verdict == "fail" for rule in self.audit) else "pass"

@@ -9,6 +9,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from trainer.codec import dump, fingerprint, parse
 from trainer.data.bytecount import ByteTable
@@ -23,6 +24,7 @@ from trainer.finalize.pipeline import finalize as write_artifact
 from trainer.model.build import build, load_state
 from trainer.model.gpt import GPT
 from trainer.model.roles import roles_of
+from trainer.protocol import SPEC_VERSION
 from trainer.results import FinalResult, ParityResult, Rule, Score, Totals, TrainResult
 from trainer.runtime.distributed import Ranks
 from trainer.runtime.files import read_json, sha256_file, write_json
@@ -39,13 +41,7 @@ logger = logging.getLogger(__name__)
 def train(task: TrainTask, dataset: Dataset, folder: Path, ranks: Ranks) -> TrainResult:
     """Train, or resume what `folder` holds, and leave its bank and result.json there."""
     check_vocabulary(task, dataset)
-    if ranks.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not _is_begun(task, dataset, folder):
-            _start_over(folder)
-        write_json(folder / "inputs.json", _inputs(task, dataset))
-        write_json(folder / "task.json", dump(task))
-    ranks.barrier()
+    ranks.together(lambda: _begin(task, dataset, folder, ranks))
     result = loop.train(task, dataset, folder, ranks)
     if ranks.is_first:
         write_json(folder / "result.json", dump(result))
@@ -54,19 +50,35 @@ def train(task: TrainTask, dataset: Dataset, folder: Path, ranks: Ranks) -> Trai
     return result
 
 
-def is_trained(task: TrainTask, dataset: Dataset, folder: Path) -> bool:
-    """Whether `folder` holds a finished training of this task on this data."""
-    return (folder / "result.json").is_file() and _is_begun(task, dataset, folder)
+def _begin(task: TrainTask, dataset: Dataset, folder: Path, ranks: Ranks) -> None:
+    """Make the folder this training's, keeping what an earlier attempt at it left."""
+    if not ranks.is_first:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if not _is_begun(task, dataset, folder, ranks):
+        _start_over(folder)
+    write_json(folder / "inputs.json", _inputs(task, dataset, ranks))
+    write_json(folder / "task.json", dump(task))
 
 
-def _is_begun(task: TrainTask, dataset: Dataset, folder: Path) -> bool:
+def is_trained(task: TrainTask, dataset: Dataset, folder: Path, ranks: Ranks) -> bool:
+    """Whether `folder` holds a finished training of this task on this data by such a gang."""
+    return (folder / "result.json").is_file() and _is_begun(task, dataset, folder, ranks)
+
+
+def _is_begun(task: TrainTask, dataset: Dataset, folder: Path, ranks: Ranks) -> bool:
     path = folder / "inputs.json"
-    return path.is_file() and read_json(path) == _inputs(task, dataset)
+    return path.is_file() and read_json(path) == _inputs(task, dataset, ranks)
 
 
-def _inputs(task: TrainTask, dataset: Dataset) -> dict[str, str]:
+def _inputs(task: TrainTask, dataset: Dataset, ranks: Ranks) -> dict[str, Any]:
     """What a training's weights follow from; what is observed on the way is no part of it."""
-    return {"task": fingerprint(replace(task, observe=Observe())), "data": dataset.digest}
+    return {
+        "spec_version": SPEC_VERSION,
+        "task": fingerprint(replace(task, observe=Observe())),
+        "data": dataset.digest,
+        "world_size": ranks.world_size,
+    }
 
 
 def _start_over(folder: Path) -> None:

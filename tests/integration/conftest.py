@@ -17,7 +17,7 @@ name: micro
 recipe: tiny
 overrides:
   model: {num_layers: 2, dim: 32, attention: {num_heads: 2, num_kv_heads: 1, rope: {dims: 8}}}
-  train: {iterations: 60, batch_tokens: 1024, seq_len: 128}
+  train: {iterations: 160, batch_tokens: 1024, seq_len: 128}
   final.quantize.float_numel: 256
   evaluate: {window: 128, stride: 64, batch_windows: 32}
   observe: {log_every: 5, validate_every: 30, checkpoint_every: 5}
@@ -27,9 +27,10 @@ space:
   final.quantize.clip:           {phase: final, values: [none, p5]}
 constraints: [artifact_bytes <= 1_000_000, audit == pass]
 seeds: {search: [7]}
-resources: {workers: 2, start_timeout_s: 120}
+resources: {workers: 2, start_timeout_s: 300}
+limits: {max_concurrent: 1}
 """
-NUM_TRAININGS, NUM_FINALS = 2, 8
+NUM_TRAININGS, NUM_FINALS, NUM_STEPS = 2, 8, 160
 
 
 @dataclass(frozen=True)
@@ -77,18 +78,18 @@ def make_cli(root: Path, text: str = SWEEP) -> Cli:
     return Cli(root / "home", sweep)
 
 
-def events(home: Path) -> list[dict[str, Any]]:
-    """All events of the one sweep in a home, as a reader sees them."""
+def events(home: Path, name: str = "micro") -> list[dict[str, Any]]:
+    """All events of the one sweep of that name in a home, as a reader sees them."""
     from service.ledger import read
 
-    (ledger,) = home.glob("sweeps/*/events.jsonl")
+    (ledger,) = home.glob(f"sweeps/{name}-*/events.jsonl")
     return list(read(ledger))
 
 
-def by_point(home: Path, keys: Sequence[str]) -> dict[str, Any]:
+def by_point(home: Path, keys: Sequence[str], name: str = "micro") -> dict[str, Any]:
     """Results of the finals by point, without what a clock says."""
     finals = {}
-    for event in events(home):
+    for event in events(home, name):
         if event["event"] == "final_scored":
             result = event["result"]
             facts = {key: result[key] for key in keys} | {"bpb": result["score"]["val_bpb"]}

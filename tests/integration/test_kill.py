@@ -9,10 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import NUM_FINALS, Cli, Finished, by_point, events, make_cli
+from tests.integration.conftest import (
+    NUM_FINALS,
+    NUM_STEPS,
+    Cli,
+    Finished,
+    by_point,
+    events,
+    make_cli,
+)
 
 # Three starts of Ray; on a machine that is busy with other work they take minutes.
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = pytest.mark.timeout(2400)
 DETERMINED = ["weights_sha256", "artifact_bytes", "entry"]
 
 
@@ -71,8 +79,8 @@ def test_what_was_finished_is_not_computed_again(killed_twice: Cli):
     trained = [e for e in events(killed_twice.home) if e["event"] == "training_finished"]
     status = killed_twice.json("status")
 
-    assert trained[0]["result"]["steps_computed"] == 60
-    assert trained[1]["result"]["steps_computed"] < 60  # went on from its checkpoint
+    assert trained[0]["result"]["steps_computed"] == NUM_STEPS
+    assert trained[1]["result"]["steps_computed"] < NUM_STEPS  # went on from its checkpoint
     assert status["trained_steps"] == sum(e["result"]["steps_computed"] for e in trained)
     assert status["cache_hits"] >= 2 + 3
 

@@ -2,23 +2,31 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from service.paths import Paths
 from service.tracking import default_uri
-from tests.integration.conftest import NUM_FINALS, NUM_TRAININGS, Finished, by_point, events
+from tests.integration.conftest import (
+    NUM_FINALS,
+    NUM_STEPS,
+    NUM_TRAININGS,
+    Finished,
+    by_point,
+    events,
+)
 
 
 def test_four_finals_come_from_each_training_and_none_trains_again(finished: Finished):
-    status = finished.cli.json("status")
+    status = finished.cli.json("status", "micro")
 
     assert status["state"] == "succeeded"
     assert status["trainings"] == {"total": 2, "done": 2, "running": 0, "failed": 0}
     assert status["finals"]["done"] == NUM_FINALS
-    assert status["trained_steps"] == NUM_TRAININGS * 60
-    assert status["cache_hits"] == 0
+    assert status["trained_steps"] == NUM_TRAININGS * NUM_STEPS
     assert status["gpu_seconds"] == 0  # gangs of CPUs
 
 
@@ -31,7 +39,7 @@ def test_training_teaches_the_model_something(finished: Finished):
 
 
 def test_the_best_final_is_the_lowest_bpb_of_all(finished: Finished):
-    best = finished.cli.json("best")
+    best = finished.cli.json("best", "micro")
 
     finals = by_point(finished.cli.home, ["artifact_bytes"])
     assert best["val_bpb"] == min(final["bpb"] for final in finals.values())
@@ -57,15 +65,21 @@ def test_every_final_is_audited_with_parity_coverage_and_bytes(finished: Finishe
         assert verdicts == {"coverage": "pass", "byte-accounting": "pass", "parity": "pass"}
 
 
+def test_the_first_run_found_nothing_to_reuse(finished: Finished):
+    first_end = next(e for e in events(finished.cli.home) if e["event"] == "sweep_finished")
+
+    assert first_end["cache_hits"] == 0
+
+
 def test_running_again_computes_nothing(finished: Finished):
     before = by_point(finished.cli.home, ["weights_sha256"])
 
     done = finished.cli.run()
 
-    status = finished.cli.json("status")
+    status = finished.cli.json("status", "micro")
     assert done.returncode == 0, done.stderr
     assert status["cache_hits"] == NUM_TRAININGS + NUM_FINALS
-    assert status["trained_steps"] == NUM_TRAININGS * 60
+    assert status["trained_steps"] == NUM_TRAININGS * NUM_STEPS
     assert by_point(finished.cli.home, ["weights_sha256"]) == before
 
 
@@ -86,18 +100,14 @@ def test_over_a_tiny_cap_run_and_best_exit_3_and_name_the_smallest_overshoot(fin
     best = finished.cli("best", "capped")
 
     status = finished.cli.json("status", "capped")
-    smallest = min(final["artifact_bytes"] for final in by_point_of(finished, "capped").values())
+    smallest = min(
+        final["artifact_bytes"]
+        for final in by_point(finished.cli.home, ["artifact_bytes"], "capped").values()
+    )
     assert (done.returncode, best.returncode) == (3, 3)
     assert status["finals"]["infeasible"] == NUM_FINALS
     assert f"{smallest - 20_000:,} bytes over the cap" in best.stderr
     assert len(best.stderr.strip().splitlines()) == 1
-
-
-def by_point_of(finished: Finished, name: str) -> dict[str, dict[str, int]]:
-    from service.ledger import replay
-
-    (ledger,) = finished.cli.home.glob(f"sweeps/{name}-*/events.jsonl")
-    return {key: event["result"] for key, event in replay(ledger).finals.items()}
 
 
 def test_the_report_has_table_plot_and_page(finished: Finished):
@@ -126,6 +136,26 @@ def test_mlflow_has_every_run_once_with_the_ledgers_numbers(finished: Finished):
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
+def test_an_artifact_can_be_scored_again_by_its_finals_id(finished: Finished):
+    best = finished.cli.json("best", "micro")
+
+    again = finished.cli.json("score", best["final"])
+
+    assert again["val_bpb"] == pytest.approx(best["val_bpb"], abs=1e-6)
+
+
+def test_the_counted_code_scores_the_counted_weights_by_itself(finished: Finished):
+    best = finished.cli.json("best", "micro")
+    artifact = Path(best["artifact"])
+    words = [sys.executable, "-I", str(artifact / "code.pyz"), str(artifact)]
+    words += ["--data", str(finished.cli.home / "data/embedded"), "-S", "window=128"]
+
+    done = subprocess.run([*words, "-S", "stride=64"], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["val_bpb"] == pytest.approx(best["val_bpb"], abs=1e-6)
+
+
 def test_best_names_its_mlflow_run(finished: Finished):
     from mlflow import MlflowClient
 
@@ -136,7 +166,7 @@ def test_best_names_its_mlflow_run(finished: Finished):
 
 
 def test_a_gang_that_cannot_fit_is_refused_with_the_reason(finished: Finished, tmp_path: Path):
-    done = finished.cli.run("--num-cpus", "1", "-S", "train.iterations=61")
+    done = finished.cli.run("--num-cpus", "1", "-S", "train.iterations=161")
 
     assert done.returncode == 2
     assert "need 2 × 1 CPU on one node, have 1" in done.stderr

@@ -122,7 +122,7 @@ def test_what_is_observed_changes_nothing(straight, tiny_dataset, tmp_path):
     train(task, tiny_dataset, tmp_path, ALONE)
 
     assert_same_bits(straight[0], tmp_path)
-    assert is_trained(task_of(), tiny_dataset, tmp_path)
+    assert is_trained(task_of(), tiny_dataset, tmp_path, ALONE)
 
 
 def test_micro_batches_give_nearly_the_same_losses(straight, tiny_dataset, tmp_path):
@@ -240,8 +240,8 @@ def test_another_tasks_checkpoint_is_not_resumed(interrupted, tiny_dataset, tmp_
     assert result.steps_computed == 12
     assert_same_bits(folder, fresh)
     assert journal_of(folder, "train/loss") == journal_of(fresh, "train/loss")
-    assert is_trained(other, tiny_dataset, folder)
-    assert not is_trained(task, tiny_dataset, folder)
+    assert is_trained(other, tiny_dataset, folder, ALONE)
+    assert not is_trained(task, tiny_dataset, folder, ALONE)
 
 
 def test_the_clock_of_a_resumed_training_goes_on(interrupted, tiny_dataset):

@@ -10,7 +10,7 @@ from service.plan import Inputs, Plan, make_plan
 from service.sweep import load_sweep
 from trainer.errors import UsageError
 
-INPUTS = Inputs(data_digest="sha256:data", code_digest="code")
+INPUTS = Inputs(data_digest="sha256:data", code_digest="code", vocab_size=1024)
 SPACE = {
     "train.schedule.warmdown_iters": {"values": [10, 20]},
     "train.averages.ema_decay": {"values": [0.9, 0.95, 0.99]},
@@ -84,8 +84,8 @@ def test_what_acts_after_training_keeps_the_trainings(plan, assignment):
 
 def test_other_data_makes_other_trainings_and_other_code_other_finals(plan):
     trainings, finals = ids(plan())
-    other_data = ids(plan(inputs=Inputs("sha256:other", "code")))
-    other_code = ids(plan(inputs=Inputs("sha256:data", "other")))
+    other_data = ids(plan(inputs=Inputs("sha256:other", "code", 1024)))
+    other_code = ids(plan(inputs=Inputs("sha256:data", "other", 1024)))
 
     assert other_data[0].isdisjoint(trainings)
     assert other_code[0] == trainings
@@ -111,6 +111,38 @@ def test_a_grid_over_a_range_needs_a_number_of_points(plan):
 
     with pytest.raises(UsageError, match=r"space\.final\.prune\.ratio: .*num"):
         plan(space=space)
+
+
+def test_a_bank_holds_the_decays_that_a_random_search_drew(plan):
+    space = {"train.averages.ema_decay": {"min": 0.9, "max": 0.99}}
+
+    made = plan(space=space, search={"final": {"method": "random", "per_bank": 5}})
+
+    banked = {f"ema-{decay!r}" for decay in made.trainings[0].task.train.averages.decays()}
+    assert banked == {final.task.entry for final in made.finals}
+
+
+@pytest.mark.parametrize(
+    ("assignments", "words"),
+    [
+        (("resources.workers=3",), "16 sequences, which resources.workers=3 do not share evenly"),
+        (("model.vocab_size=512",), "below the 1024 tokens of the data"),
+        (
+            ("train.averages.swa={start_scale: 0.1, every: 50}", "final.average=swa"),
+            "takes no snapshot in 120 iterations",
+        ),
+    ],
+)
+def test_what_would_fail_only_in_the_gang_is_refused_by_the_plan(plan, assignments, words):
+    with pytest.raises(UsageError, match=words):
+        plan(*assignments)
+
+
+def test_threads_set_the_order_of_sums_so_they_change_ids(plan):
+    one, two = ids(plan()), ids(plan("resources.cpus_per_worker=2"))
+
+    assert one[0].isdisjoint(two[0])
+    assert one[1].isdisjoint(two[1])
 
 
 def test_points_that_mean_the_same_are_run_once(plan):

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from service.ledger import SweepView
-from service.policies import settle, verdict, what_is_missing
+from service.policies import gangs_at_once, settle, verdict, what_is_missing
 from service.states import State
 from service.sweep import Constraint, Resources
 
@@ -36,10 +36,11 @@ def test_a_final_is_settled_by_the_constraint_it_breaks(constraint, state, reaso
     assert why is None if reason is None else reason in why
 
 
-def test_a_failed_audit_is_illegal_and_names_the_rule():
+@pytest.mark.parametrize("constraints", [[], [Constraint("audit", None)]])
+def test_a_failed_audit_is_illegal_and_names_the_rule(constraints):
     failed = [{"id": "coverage", "verdict": "fail", "detail": "3 not scored"}]
 
-    state, reason = settle(result(audit=failed), TRAINING, [Constraint("audit", None)])
+    state, reason = settle(result(audit=failed), TRAINING, constraints)
 
     assert state == State.ILLEGAL
     assert reason == "audit coverage: 3 not scored"
@@ -83,3 +84,16 @@ def node(cpus: float, gpus: float = 0, *, alive: bool = True) -> dict[str, Any]:
 )
 def test_a_gang_that_never_fits_says_what_it_needs_and_what_there_is(resources, nodes, missing):
     assert what_is_missing(resources, nodes) == missing
+
+
+@pytest.mark.parametrize(
+    ("resources", "nodes", "gangs"),
+    [
+        (Resources(workers=2, gpus_per_worker=1), [node(64, 3), node(64, 3)], 2),
+        (Resources(workers=2, gpus_per_worker=1, placement="PACK"), [node(9, 3), node(9, 3)], 3),
+        (Resources(workers=2, gpus_per_worker=1), [node(2, 8)], 1),
+        (Resources(workers=2, placement="STRICT_SPREAD"), [node(8), node(8)], 1),
+    ],
+)
+def test_gangs_at_once_are_counted_place_by_place(resources, nodes, gangs):
+    assert gangs_at_once(resources, nodes) == gangs

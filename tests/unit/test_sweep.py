@@ -67,6 +67,8 @@ def test_underscores_are_accepted_in_a_byte_cap(sweep_file):
         ({"name": "Has Spaces"}, ["name=", "lower-case"]),
         ({"search": {"final": {"method": "random"}}}, ["per_bank"]),
         ({"seeds": {"search": []}}, ["search is empty"]),
+        ({"seeds": {"search": [-1]}}, ["seed below 0"]),
+        ({"search": {"final": {"seed": -1}}}, ["seed=-1"]),
         ({"version": 2}, ["version"]),
     ],
 )
@@ -105,6 +107,13 @@ def test_command_line_values_win_over_overrides(sweep_file):
 
     assert sweep.recipe_at({"train.schedule.warmdown_iters": 10}, 1, "x").train.iterations == 50
     assert sweep.spec.resources.workers == 3
+
+
+def test_the_command_line_names_other_data_whether_or_not_the_file_does(sweep_file):
+    for changes in ({}, {"data": {"name": "theirs"}}):
+        sweep = load_sweep(sweep_file(**changes), ["data.name=mine"])
+
+        assert sweep.data.name == "mine"
 
 
 def test_a_command_line_value_for_an_axis_is_refused(sweep_file):

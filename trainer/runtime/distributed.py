@@ -1,12 +1,17 @@
 """Ranks and the few collectives the trainer needs. With one rank they do nothing."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from trainer.errors import FairwayError, TrainingError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,20 @@ class Ranks:
         box = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(box, op=dist.ReduceOp.MAX)
         return float(box)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do local work that may fail; where it fails on one rank, all raise.
+
+        A rank that left alone would keep the others waiting in their next collective.
+        """
+        result, failure = None, None
+        try:
+            result = work()
+        except FairwayError as error:
+            failure = error
+        if self.max(float(failure is not None)):
+            raise failure or TrainingError("another worker of the gang failed; see its log")
+        return result  # type: ignore[return-value]  # no failure: the work returned
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

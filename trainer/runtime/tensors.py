@@ -38,5 +38,8 @@ def load_tensors(folder: Path, name: str) -> Any:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if sha256_file(path) != index[name]:
-        raise DataError(f"{path}: altered since it was written (sha256 differs); compute it again")
+        raise DataError(
+            f"{path}: altered since it was written (sha256 differs); remove {folder.parent} "
+            "and run again"
+        )
     return torch.load(path, map_location="cpu", weights_only=True)

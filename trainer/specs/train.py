@@ -136,6 +136,7 @@ class TrainSpec:
             max_clock_s=self.max_clock_s,
         )
         require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} is below 0")
+        require(self.seed >= 0, f"seed={self.seed} is below 0")
         for name in ("batch_tokens", "micro_batch_tokens"):
             tokens = getattr(self, name)
             require(

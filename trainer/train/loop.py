@@ -46,9 +46,11 @@ def train(task: TrainTask, dataset: Dataset, folder: Path, ranks: Ranks) -> Trai
     on_cpu = ranks.device.type == "cpu"
     clock = Clock(settle=(lambda: None) if on_cpu else torch.cuda.synchronize)
     state = TrainState(task, ranks, clock)
-    resumed = state.resume(folder / "checkpoint")
+    resumed = ranks.together(lambda: state.resume(folder / "checkpoint"))
+    if ranks.max(state.step) != -ranks.max(-state.step):
+        raise TrainingError(f"{folder}: the workers read different checkpoints; run again")
     first_step = state.step
-    journal = Journal(folder / "metrics.jsonl", writes=ranks.is_first)
+    journal = ranks.together(lambda: Journal(folder / "metrics.jsonl", writes=ranks.is_first))
     judge = Validator(task, dataset, ranks)
     runner = StepRunner(task, dataset, state, ranks)
     with clock.phase("validate"):
