@@ -11,6 +11,7 @@ import ray
 from service.policies import gangs_at_once, what_is_missing
 from service.sweep import Resources
 from trainer.errors import BackendError, UsageError
+from trainer.runtime.environment import hand_down
 
 OBJECT_STORE_BYTES = 150_000_000  # stages hand over paths, not tensors
 DRIVER = "fairway_driver"  # a custom resource, so that a waiting driver takes no CPU from a gang
@@ -24,9 +25,12 @@ class Where:
     num_cpus: int | None = None
 
 
-def worker_environment(resources: Resources) -> dict[str, str]:
+def worker_environment(resources: Resources, *, is_ours: bool) -> dict[str, str]:
     """Ray's own settings, which only environment variables carry (ray 2.60)."""
+    # Each is a process more for every gang, and a Ray of our own has nobody to preempt it.
+    spared = ("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "RAY_TRAIN_METRICS_ENABLED")
     return {
+        **({name: "0" for name in spared} if is_ours else {}),
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(resources.start_timeout_s),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also the pace at which an end is noticed
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",
@@ -41,22 +45,24 @@ def cluster(where: Where, resources: Resources) -> Iterator[None]:
 
     UsageError if the gang can never fit, BackendError if the address does not answer.
     """
-    environment = {"env_vars": worker_environment(resources)}
+    is_ours = where.address is None
+    environment = worker_environment(resources, is_ours=is_ours)
     try:
-        if where.address is not None:
+        if not is_ours:
             ray.init(
                 where.address,
-                runtime_env=environment,
+                runtime_env={"env_vars": environment},
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
         else:
+            # Inherited, not a runtime_env: Ray's own first workers then fit, and none is wasted.
+            hand_down(environment)
             ray.init(
                 num_cpus=where.num_cpus,
                 resources={DRIVER: 1000.0},
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
-                runtime_env=environment,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )

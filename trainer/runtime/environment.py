@@ -22,6 +22,11 @@ MLFLOW_SERVER: dict[str, str] = {
 }
 
 
+def hand_down(variables: dict[str, str]) -> None:
+    """Set variables for the processes that this one will start."""
+    os.environ.update(variables)
+
+
 def quiet_mlflow() -> None:
     """Prepare this process for `import mlflow`; a variable that is already set is kept."""
     for name, value in MLFLOW_CLIENT.items():
