@@ -69,7 +69,7 @@ def cluster(where: Where, resources: Resources) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise BackendError(
             f"Ray at {where.address or 'this machine'}: {str(error).splitlines()[0]}; check the "
-            "address and that the head is up"
+            "address, that the head is up and that RAY_AUTH_MODE is the cluster's"
         ) from error
     try:
         missing = what_is_missing(resources, _nodes())
