@@ -312,17 +312,9 @@ def _exit_by(view: SweepView) -> None:
     codes = {State.SUCCEEDED: 0, State.INFEASIBLE: 3, State.ILLEGAL: 3}
     code = codes.get(view.state, 1)
     if code == 3:
-        sys.stderr.write(_nothing_fits(view) + "\n")
+        report.best_document(view, {})  # raises, with the nearest miss
     if code:
         raise typer.Exit(code)
-
-
-def _nothing_fits(view: SweepView) -> str:
-    try:
-        report.best_document(view, {})
-    except FairwayError as error:
-        return str(error)
-    return ""
 
 
 def _print(data: Any, output: str) -> None:

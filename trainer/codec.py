@@ -313,7 +313,7 @@ def dump(value: Any) -> Any:
 
 def to_yaml(value: Any) -> str:
     """Write a spec (or plain data) as YAML that `read_yaml` reads back to the same."""
-    return yaml.dump(_yaml_ready(dump(value)), Dumper=_CoreDumper, sort_keys=False, width=100)
+    return yaml.dump(dump(value), Dumper=_CoreDumper, sort_keys=False, width=100)
 
 
 class _CoreDumper(yaml.SafeDumper):
@@ -321,12 +321,6 @@ class _CoreDumper(yaml.SafeDumper):
 
 
 _CoreDumper.yaml_implicit_resolvers = _CoreLoader.yaml_implicit_resolvers
-
-
-def _yaml_ready(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _yaml_ready(item) for key, item in value.items()}
-    return [_yaml_ready(item) for item in value] if isinstance(value, list) else value
 
 
 def canonical(value: Any) -> str:

@@ -4,7 +4,6 @@ Each reads a frozen task and an input folder and leaves an output folder whose r
 written last, means done.
 """
 
-import logging
 import shutil
 import time
 from dataclasses import replace
@@ -34,8 +33,6 @@ from trainer.specs.evaluate import EvaluateSpec
 from trainer.specs.recipe import Observe
 from trainer.specs.task import FinalTask, TrainTask
 from trainer.train import loop
-
-logger = logging.getLogger(__name__)
 
 
 def train(task: TrainTask, dataset: Dataset, folder: Path, ranks: Ranks) -> TrainResult:
