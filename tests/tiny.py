@@ -13,16 +13,28 @@ from trainer.data.prepare import Settings, prepare
 from trainer.data.shards import Dataset
 from trainer.specs.model import (
     Attention,
+    DtgGate,
+    HashEmbedding,
     LeakyRelu2,
+    LnScale,
     Mlp,
     ModelSpec,
+    Mtp,
     OrthoInit,
     QGain,
+    Recurrence,
     ResidualScale,
     Rope,
+    SharedKv,
+    SkipGate,
+    SmearV2,
     Softcap,
+    SwiGlu,
     UNetSkips,
+    UntiedHead,
+    ValueEmbedding,
     X0Mix,
+    Xsa,
 )
 from trainer.specs.recipe import Recipe
 
@@ -36,7 +48,7 @@ _OBJECTS = ("the river", "a wooden door", "three apples", "the evening train", "
 
 
 def full_model(**changes: Any) -> ModelSpec:
-    """Return a model that has every optional part."""
+    """Return a model that has the baseline's optional parts."""
     parts: dict[str, Any] = {
         "vocab_size": 64,
         "num_layers": 3,
@@ -50,6 +62,33 @@ def full_model(**changes: Any) -> ModelSpec:
         "ortho_init": OrthoInit(),
     }
     return ModelSpec(**(parts | changes))
+
+
+def rich_model(**changes: Any) -> ModelSpec:
+    """Return a model that has every optional part, each of those that exclude one another once."""
+    parts: dict[str, Any] = {
+        "num_layers": 4,
+        "bigram": HashEmbedding(num_buckets=32, dim=8),
+        "trigram": HashEmbedding(num_buckets=16, dim=8),
+        "smear": SmearV2(width=6),
+        "attention": Attention(
+            num_heads=4,
+            num_kv_heads=2,
+            rope=Rope(dims=4, ntk_reference=6),
+            q_gain=QGain(),
+            xsa=Xsa(last=2),
+            shared_kv=SharedKv(),
+        ),
+        "value_embedding": ValueEmbedding(dim=8, last=2),
+        "mlp": Mlp(mult=2.0, activation=SwiGlu()),
+        "ln_scale": LnScale(learned=True),
+        "dtg": DtgGate(),
+        "unet": UNetSkips(gate=SkipGate()),
+        "recurrence": Recurrence(first=1, last=2),
+        "head": UntiedHead(),
+        "mtp": Mtp(num_heads=2),
+    }
+    return full_model(**(parts | changes))
 
 
 def bare_model(**changes: Any) -> ModelSpec:

@@ -20,5 +20,8 @@ SHARD_HEADER_BYTES: Final = SHARD_HEADER_INTS * 4
 # A document is [BOS] + pieces; nothing closes it, so a boundary shows only as the next BOS.
 BOS_ID: Final = 1
 
+# What an imported artifact's header says where another names its tokenizer's sha256.
+UNKNOWN_TOKENIZER: Final = "0" * 64
+
 # Bumped when the meaning of a spec or the maths of a stage changes: it enters every stage id.
-SPEC_VERSION: Final = 1
+SPEC_VERSION: Final = 2

@@ -22,7 +22,11 @@ MAPPINGS = {"SweepSpec.space", "SweepSpec.overrides"}
 # One value that suits every required field of a type; 2048 is even, and no warmdown exceeds it.
 REQUIRED: dict[Any, Any] = {int: 2048, float: 0.5, str: "sp1024"}
 # What a spec's own invariant asks for beyond its required fields.
-INVARIANTS: dict[str, dict[str, Any]] = {"Axis": {"values": (2, 0.5, "none", True)}}
+INVARIANTS: dict[str, dict[str, Any]] = {
+    "Axis": {"values": (2, 0.5, "none", True)},
+    "Late": {"progress": 0.5},
+    "Qat": {"mlp_bits": 6},
+}
 
 
 def _spec_classes() -> list[type]:

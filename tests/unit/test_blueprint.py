@@ -4,7 +4,17 @@ from hypothesis import strategies as st
 
 from tests import tiny
 from trainer.blueprint import Step, blueprint
-from trainer.specs.model import Attention, Mlp, Rope, UNetSkips
+from trainer.specs.model import (
+    Attention,
+    LnScale,
+    Mlp,
+    Recurrence,
+    Rope,
+    SharedKv,
+    UNetSkips,
+    ValueEmbedding,
+    Xsa,
+)
 
 
 def unet(num_layers):
@@ -25,11 +35,7 @@ def test_an_odd_depth_leaves_the_last_layer_without_a_skip():
     assert plan.num_skips == 2
 
 
-def test_one_layer_has_no_skip():
-    assert unet(1).num_skips == 0
-
-
-@given(st.integers(1, 40))
+@given(st.integers(2, 40))
 def test_every_push_is_popped_once_and_every_layer_runs_once(num_layers):
     plan = unet(num_layers)
 
@@ -64,3 +70,53 @@ def test_widths_follow_from_heads_and_mult():
     )
 
     assert (plan.head_dim, plan.kv_dim, plan.mlp_dim) == (12, 24, 120)
+
+
+def test_a_recurrent_stretch_is_visited_again_and_split_where_the_visits_halve():
+    plan = blueprint(
+        tiny.bare_model(
+            num_layers=11, unet=UNetSkips(), recurrence=Recurrence(first=3, last=5, passes=3)
+        )
+    )
+
+    encoder = [step.layer for step in plan.steps if step.push]
+    decoder = [step.layer for step in plan.steps if not step.push]
+
+    assert encoder == [0, 1, 2, 3, 4, 5, 3, 4]
+    assert decoder == [5, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert plan.num_skips == 8
+
+
+def test_parts_of_the_last_layers_are_counted_from_the_end():
+    attention = Attention(num_heads=2, num_kv_heads=1, xsa=Xsa(last=4))
+    plan = blueprint(
+        tiny.bare_model(num_layers=11, attention=attention, value_embedding=ValueEmbedding(last=2))
+    )
+
+    assert [layer.index for layer in plan.layers if layer.has_xsa] == [7, 8, 9, 10]
+    assert [layer.index for layer in plan.layers if layer.uses_value_embedding] == [9, 10]
+
+
+def test_exclusive_attention_without_a_number_is_in_every_layer():
+    attention = Attention(num_heads=2, num_kv_heads=1, xsa=Xsa())
+
+    plan = blueprint(tiny.bare_model(num_layers=3, attention=attention))
+
+    assert all(layer.has_xsa for layer in plan.layers)
+
+
+@pytest.mark.parametrize(
+    ("last", "owners"), [(None, [0, 0, 0, 0, 0, 0]), (2, [0, 1, 2, 3, 2, 3]), (3, [0, 1, 2] * 2)]
+)
+def test_each_layer_knows_whose_keys_and_values_it_uses(last, owners):
+    attention = Attention(num_heads=2, num_kv_heads=1, shared_kv=SharedKv(last=last))
+
+    plan = blueprint(tiny.bare_model(num_layers=6, attention=attention))
+
+    assert [layer.kv_owner for layer in plan.layers] == owners
+
+
+def test_the_ln_scale_falls_with_the_root_of_the_depth():
+    plan = blueprint(tiny.bare_model(num_layers=4, ln_scale=LnScale()))
+
+    assert [layer.norm_scale for layer in plan.layers] == [1.0, 2**-0.5, 3**-0.5, 0.5]

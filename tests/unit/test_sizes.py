@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,19 +11,36 @@ from trainer.blueprint import blueprint
 from trainer.codec import parse
 from trainer.finalize.artifact import write_weights
 from trainer.finalize.prune import prune
-from trainer.finalize.quantize import quantize_tensors
+from trainer.finalize.quantize import quantize_matrix, quantize_tensors
 from trainer.model.build import build
 from trainer.model.roles import roles_of
 from trainer.sizes import (
     CONTAINER_FACTOR,
+    TYPICAL_ROW_STD,
     bits_per_weight,
     flops_per_token,
     forecast_weights_bytes,
+    is_pruned,
     num_params,
     tensor_sizes,
 )
-from trainer.specs.final import FinalSpec, Prune, Quantize
-from trainer.specs.model import Attention, Mlp, ModelSpec
+from trainer.specs.final import Bits, FinalSpec, Int8Rule, Prune, Quantize
+from trainer.specs.model import (
+    Attention,
+    HashEmbedding,
+    Mlp,
+    ModelSpec,
+    Mtp,
+    QGain,
+    Recurrence,
+    ResidualScale,
+    SharedKv,
+    SmearV1,
+    UNetSkips,
+    UntiedHead,
+    ValueEmbedding,
+    X0Mix,
+)
 from trainer.specs.recipe import Recipe
 from tune_spaces.catalogue import load_recipe
 
@@ -63,7 +81,31 @@ def test_the_baseline_has_the_published_number_of_parameters():
     ],
 )
 def test_bits_per_weight_are_those_measured_on_gaussian_rows(bits, clip, row, entropy):
-    assert bits_per_weight(bits, clip, row) == pytest.approx(entropy, abs=0.06)
+    assert bits_per_weight(bits, row, Quantize(clip=clip)) == pytest.approx(entropy, abs=0.06)
+
+
+def entropy_of(weight, bits, spec):
+    q = quantize_matrix(weight, bits, spec)[0].q
+    shares = torch.bincount(q.flatten().int() + 128).double() / q.numel()
+    return -float(torch.xlogy(shares, shares).sum()) / math.log(2)
+
+
+@pytest.mark.parametrize(
+    ("bits", "spec"),
+    [
+        (6, Quantize(clip="p5", clip_scope="matrix", scale_floor=1 / 31)),
+        (6, Quantize(scale_floor=1e-4)),
+        (8, Quantize(int8=Int8Rule())),
+        (8, Quantize(int8=Int8Rule(scale_floor=1e-12), scale_floor=1.0)),
+        (8, Quantize(clip="sd12", scale_floor=1 / 60)),
+    ],
+)
+def test_the_floor_of_the_scale_is_forecast_for_rows_of_the_typical_deviation(bits, spec):
+    noise = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+
+    measured = entropy_of(TYPICAL_ROW_STD * noise, bits, spec)
+
+    assert bits_per_weight(bits, 512, spec) == pytest.approx(measured, abs=0.06)
 
 
 @pytest.mark.parametrize("row", [64, 512, 2048])
@@ -71,7 +113,7 @@ def test_the_row_maximum_is_that_of_normal_draws(row):
     draws = torch.randn(4000, row, generator=torch.Generator().manual_seed(0))
     measured = float(draws.abs().amax(dim=1).mean())
 
-    forecast = 31 / 2 ** (bits_per_weight(6, "none", row) - 2.047)
+    forecast = 31 / 2 ** (bits_per_weight(6, row, Quantize()) - 2.047)
 
     assert forecast == pytest.approx(measured, rel=0.02)
 
@@ -80,27 +122,34 @@ def written_bytes(final, path):
     """Write Gaussian weights as an artifact and return the file's size."""
     generator = torch.Generator().manual_seed(0)
     sizes = tensor_sizes(blueprint(MODEL))
-    state = {t.name: 0.1 * torch.randn(t.shape, generator=generator) for t in sizes}
+    state = {t.name: TYPICAL_ROW_STD * torch.randn(t.shape, generator=generator) for t in sizes}
     if final.prune is not None:
         for tensor in sizes:
-            if tensor.role == "matrix" and tensor.numel > final.quantize.float_numel:
+            if is_pruned(tensor, final.prune):
                 state[tensor.name] = prune(state[tensor.name], final.prune.ratio)
-    roles = {tensor.name: tensor.role for tensor in sizes}
-    stored, _ = quantize_tensors(state, roles, final.quantize)
+    stored, _ = quantize_tensors(state, sizes, final.quantize)
     return write_weights(path, MODEL, stored, final.compress, "ab" * 32)
 
 
 @pytest.mark.parametrize(
     "final",
     [
-        FinalSpec(quantize=Quantize(matrix_bits=bits, clip=clip, float_numel=4096), prune=pruned)
+        FinalSpec(
+            quantize=Quantize(bits=Bits(mlp=bits, attention=bits), clip=clip, float_numel=4096),
+            prune=pruned,
+        )
         for bits, clip, pruned in (
             (6, "none", None),
             (4, "p5", None),
             (6, "sd12.85", None),
-            (8, "none", Prune(ratio=0.05)),
-            (6, "none", Prune(ratio=0.3)),
+            (8, "none", Prune(ratio=0.05, larger_than=4096)),
+            (6, "none", Prune(ratio=0.3, larger_than=4096)),
+            (6, "none", Prune(ratio=0.3, larger_than=4096, tables=True)),
         )
+    ]
+    + [
+        FinalSpec(quantize=Quantize(bits=Bits(mlp=4, embed=16), float_numel=4096)),
+        FinalSpec(quantize=Quantize(float_numel=4096, scale_floor=1 / 50, int8=Int8Rule())),
     ],
 )
 def test_the_forecast_is_near_the_written_file(final, tmp_path):
@@ -119,10 +168,106 @@ def test_small_tensors_cost_their_floats():
     assert forecast == round(CONTAINER_FACTOR * floats)
 
 
+def test_each_class_is_forecast_in_its_own_bits():
+    model = replace(
+        MODEL,
+        bigram=HashEmbedding(num_buckets=512, dim=32),
+        value_embedding=ValueEmbedding(dim=32),
+    )
+
+    def forecast(**bits):
+        quantize = Quantize(bits=Bits(**bits), float_numel=0)
+        return forecast_weights_bytes(model, FinalSpec(quantize=quantize))
+
+    for part in ("mlp", "attention", "hash", "embed", "other"):
+        numel = sum(t.numel for t in tensor_sizes(blueprint(model)) if t.part == part)
+        saved = forecast(**{part: 6}) - forecast(**{part: 5})
+        assert saved == pytest.approx(CONTAINER_FACTOR * numel / 8, rel=0.1), part
+
+
+def test_a_kept_key_is_forecast_as_float16():
+    def forecast(*layers):
+        quantize = Quantize(float_numel=0, float16_keys=layers)
+        return forecast_weights_bytes(MODEL, FinalSpec(quantize=quantize))
+
+    assert forecast() < forecast(0) < forecast(0, 1)
+
+
+def test_what_only_training_uses_is_not_forecast():
+    with_heads = replace(MODEL, mtp=Mtp(num_heads=2))
+
+    assert forecast_weights_bytes(with_heads, FinalSpec()) == forecast_weights_bytes(
+        MODEL, FinalSpec()
+    )
+
+
+def public_model(num_layers, num_buckets, values):
+    """Return the stack of parameter-golf PRs #348 and #414."""
+    return ModelSpec(
+        vocab_size=1024,
+        num_layers=num_layers,
+        dim=512,
+        bigram=HashEmbedding(num_buckets=num_buckets, dim=128),
+        smear=SmearV1(),
+        attention=Attention(num_heads=8, num_kv_heads=4, q_gain=QGain()),
+        value_embedding=values,
+        mlp=Mlp(mult=3.0),
+        residual_scale=ResidualScale(),
+        x0_mix=X0Mix(),
+        unet=UNetSkips(),
+    )
+
+
+PR414 = public_model(11, 2048, ValueEmbedding(dim=128))
+PR348 = public_model(10, 12288, None)
+
+
+@pytest.mark.parametrize(
+    ("model", "num_parameters", "final", "measured"),
+    [
+        (
+            PR414,
+            26_993_756,
+            FinalSpec(
+                quantize=Quantize(
+                    bits=Bits(scalar=16),
+                    clip="p5",
+                    clip_scope="matrix",
+                    scale_floor=1 / 31,
+                    int8=Int8Rule(),
+                )
+            ),
+            15_487_414,
+        ),
+        (
+            PR348,
+            25_779_281,
+            FinalSpec(
+                prune=Prune(ratio=0.05, tables=True),
+                quantize=Quantize(
+                    bits=Bits(mlp=5, hash=6, embed=16),
+                    symmetric=False,
+                    float_numel=8192,
+                    float16_keys=(8,),
+                ),
+            ),
+            15_848_734,
+        ),
+    ],
+    ids=["pr414", "pr348"],
+)
+def test_the_forecast_is_near_what_the_public_systems_measured(
+    model, num_parameters, final, measured
+):
+    assert num_params(model) == num_parameters
+    assert forecast_weights_bytes(model, final) == pytest.approx(measured, rel=0.06)
+
+
 def test_fewer_bits_and_more_pruning_forecast_fewer_bytes():
     def forecast(bits, ratio):
-        quantize = Quantize(matrix_bits=bits, float_numel=4096)
-        return forecast_weights_bytes(MODEL, FinalSpec(quantize=quantize, prune=Prune(ratio=ratio)))
+        quantize = Quantize(bits=Bits(mlp=bits, attention=bits), float_numel=4096)
+        prune = Prune(ratio=ratio, larger_than=4096)
+        return forecast_weights_bytes(MODEL, FinalSpec(quantize=quantize, prune=prune))
 
     assert forecast(4, 0.0) < forecast(5, 0.0) < forecast(6, 0.0)
     assert forecast(6, 0.6) < forecast(6, 0.3) < forecast(6, 0.0)
@@ -141,3 +286,25 @@ def test_flops_count_matrices_the_head_and_causal_attention():
 
     assert flops_per_token(spec, 100) == 2 * (10 * 8 + 3 * (per_layer + attending))
     assert flops_per_token(replace(spec, num_layers=6), 0) == 2 * (10 * 8 + 6 * per_layer)
+
+
+def test_flops_count_a_matrix_as_often_as_it_is_multiplied():
+    spec = ModelSpec(
+        vocab_size=10,
+        num_layers=3,
+        dim=8,
+        attention=Attention(num_heads=2, num_kv_heads=1),
+        mlp=Mlp(mult=2.0),
+    )
+    plain = flops_per_token(spec, 0)
+    per_layer = 8 * 8 + 2 * 4 * 8 + 8 * 8 + 2 * 16 * 8
+
+    def extra(**parts):
+        return flops_per_token(replace(spec, **parts), 0) - plain
+
+    assert extra(recurrence=Recurrence(first=1, last=2, passes=3)) == 2 * 2 * 2 * per_layer
+    assert extra(attention=replace(spec.attention, shared_kv=SharedKv())) == 0
+    assert extra(bigram=HashEmbedding(num_buckets=30, dim=4)) == 2 * 8 * 4
+    assert extra(value_embedding=ValueEmbedding(dim=5, last=2)) == 2 * 4 * 5
+    assert extra(head=UntiedHead()) == 0
+    assert extra(mtp=Mtp(num_heads=2)) == 2 * 2 * 10 * 8

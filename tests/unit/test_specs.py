@@ -101,8 +101,71 @@ from trainer.specs.train import Averages, ema_entry
         ({"train.optimizer.grad_clip": 0.0}, "train.optimizer: grad_clip=0.0 must be above 0"),
         ({"train.averages.swa.every": 0}, "train.averages.swa: every=0 must be above 0"),
         (
-            {"train.averages.swa.start_scale": 0.0},
-            "train.averages.swa: start_scale=0.0 must be above 0",
+            {"train.averages.swa.start": {"lr_scale": 0.0}},
+            "train.averages.swa.start: lr_scale=0.0 must be above 0",
+        ),
+        (
+            {"train.averages.swa.start": {"progress": 1.0}},
+            "train.averages.swa.start: progress=1.0 is outside [0, 1)",
+        ),
+        (
+            {"train.averages.swa.start": {"progress": 0.5, "lr_scale": 0.5}},
+            "train.averages.swa.start: give either lr_scale or progress",
+        ),
+        (
+            {"train.schedule.warmdown_iters": 0},
+            "train: averages.swa.start.lr_scale=0.4 is never reached: the schedule has no "
+            "warmdown below it",
+        ),
+        (
+            {"train.schedule.min_lr_scale": 0.4},
+            "train: averages.swa.start.lr_scale=0.4 is never reached: the schedule has no "
+            "warmdown below it",
+        ),
+        (
+            {
+                "train.averages.swa": None,
+                "train.schedule.warmdown_iters": 0,
+                "train.qat": {"mlp_bits": 6, "start": {"lr_scale": 0.15}},
+            },
+            "train: qat.start.lr_scale=0.15 is never reached: the schedule has no warmdown "
+            "below it",
+        ),
+        (
+            {"train.schedule.warmdown_fraction": 0.5},
+            "train.schedule: warmdown_iters=4 beside warmdown_fraction=0.5: set one to 0 or null",
+        ),
+        (
+            {"train.schedule": {"warmdown_iters": 0, "warmdown_fraction": 0.0}},
+            "train.schedule: warmdown_fraction=0.0 is outside (0, 1]",
+        ),
+        (
+            {"train.optimizer.matrix": {"coefficients": "polar_express", "ns_steps": 6}},
+            "train.optimizer.matrix: ns_steps=6: polar_express has coefficients for 5 steps",
+        ),
+        (
+            {"train.optimizer.matrix.ns_dtype": "float16"},
+            "train.optimizer.matrix.ns_dtype: got \"float16\"; input should be 'float32' or "
+            "'bfloat16'",
+        ),
+        ({"train.averages.ema_every": 0}, "train.averages: ema_every=0 must be above 0"),
+        (
+            {"train.qat": {}},
+            "train.qat: give bits to one of mlp_bits, attention_bits, other_bits",
+        ),
+        ({"train.qat": {"mlp_bits": 9}}, "train.qat: mlp_bits=9 is outside 2..8"),
+        ({"train.qat": {"other_bits": 1}}, "train.qat: other_bits=1 is outside 2..8"),
+        (
+            {"train.qat": {"mlp_bits": 6, "scale_floor": 0.0}},
+            "train.qat: scale_floor=0.0 must be above 0",
+        ),
+        (
+            {"train.qat": {"mlp_bits": 6, "start": {"progress": 0.0}}},
+            "train.qat: start has come at step 0 already: leave it out to act from there",
+        ),
+        (
+            {"train.qat": {"mlp_bits": 6, "start": {"lr_scale": 1.5}}},
+            "train.qat: start has come at step 0 already: leave it out to act from there",
         ),
         (
             {"train.averages.ema_decay": 1.0},
@@ -113,8 +176,27 @@ from trainer.specs.train import Averages, ema_entry
             "train.averages: an EMA decay of 0.0 is outside (0, 1)",
         ),
         ({"final.prune.ratio": 1.0}, "final.prune: ratio=1.0 is outside [0, 1)"),
-        ({"final.quantize.matrix_bits": 9}, "final.quantize: matrix_bits=9 is outside 2..8"),
-        ({"final.quantize.embed_bits": 1}, "final.quantize: embed_bits=1 is outside 2..8"),
+        (
+            {"final.quantize.bits.mlp": 9},
+            "final.quantize.bits: mlp=9 is neither in 2..8 nor 16",
+        ),
+        (
+            {"final.quantize.bits.embed": 1},
+            "final.quantize.bits: embed=1 is neither in 2..8 nor 16",
+        ),
+        (
+            {"final.quantize.int8": {"quantile": 1.5}},
+            "final.quantize.int8: quantile=1.5 is outside (0, 1]",
+        ),
+        ({"final.prune.larger_than": -1}, "final.prune: larger_than=-1 is below 0"),
+        (
+            {"final.compress": {"long_distance": True, "window_log": 28}},
+            "final.compress: window_log=28 is outside 10..27",
+        ),
+        (
+            {"final.compress.window_log": 25},
+            "final.compress: window_log=25 needs long_distance: true",
+        ),
         (
             {"final.quantize.clip": "p4"},
             "final.quantize: clip='p4' is not one of none, p3, p5, p9, r9 or sd<k>, such as sd12",

@@ -1,11 +1,12 @@
-"""Causal grouped-query attention."""
+"""Causal grouped-query attention, and what may be added to its values and outputs."""
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from trainer.blueprint import Blueprint
+from trainer.blueprint import Blueprint, LayerPlan
 from trainer.model.kernels import attend
-from trainer.model.linear import Linear, norm
+from trainer.model.linear import Absent, Linear, norm
 from trainer.model.rotary import rotate
 
 
@@ -29,25 +30,70 @@ class QGain(nn.Module):
         return q * self.gain.to(q.dtype)[:, None]
 
 
-class Attention(nn.Module):
-    """Project, norm queries and keys per head, rotate, attend, project back (from zero)."""
+class ValueMix(nn.Module):
+    """v + scale · shared: this layer's share of the value embedding.
 
-    def __init__(self, plan: Blueprint) -> None:
+    Source: parameter-golf PR #374, techniques 2.11. Parameters: 1, role scalar.
+    """
+
+    ROLES = {"scale": "scalar"}
+
+    def __init__(self) -> None:
         super().__init__()
-        d, spec = plan.spec.dim, plan.spec.attention
+        self.scale = nn.Parameter(torch.empty(1))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.scale)
+
+    def forward(self, v: Tensor, shared: Tensor) -> Tensor:
+        """Add shared [B, T, K·E] to v [B, T, K, E]."""
+        return v + (shared * self.scale.to(v.dtype)).unflatten(-1, v.shape[-2:])
+
+
+class Xsa(nn.Module):
+    """Takes from each head's output its component along the token's own value.
+
+    Source: exclusive self attention, arXiv 2603.09078, in the grouped form of techniques 2.7: the
+    values are broadcast over their query heads, never repeated. No parameters.
+    """
+
+    def forward(self, y: Tensor, v: Tensor) -> Tensor:
+        """Map y [B, T, H, E], given v [B, T, K, E], to [B, T, H, E]."""
+        grouped = y.unflatten(2, (v.shape[2], -1))
+        own = F.normalize(v, dim=-1).unsqueeze(-2)
+        return (grouped - (grouped * own).sum(dim=-1, keepdim=True) * own).flatten(2, 3)
+
+
+class Attention(nn.Module):
+    """Project, norm queries and keys per head, rotate, attend, project back.
+
+    A layer that shares keys and values multiplies by the matrices of `owner`; they are registered
+    there only, so a state holds them once.
+    """
+
+    def __init__(self, plan: Blueprint, layer: LayerPlan, owner: "Attention | None") -> None:
+        super().__init__()
+        d, spec, init = plan.spec.dim, plan.spec.attention, plan.spec.ortho_init
         self.head_dim = plan.head_dim
         gain = spec.q_gain
-        self.q_gain = nn.Identity() if gain is None else QGain(spec.num_heads, gain.init)
+        self.q_gain = Absent() if gain is None else QGain(spec.num_heads, gain.init)
+        self.value_mix = ValueMix() if layer.uses_value_embedding else Absent()
+        self.xsa = Xsa() if layer.has_xsa else Absent()
         self.query = Linear(d, d)
-        self.key = Linear(d, plan.kv_dim)
-        self.value = Linear(d, plan.kv_dim)
-        self.out = Linear(d, d, starts_at_zero=True)
+        if owner is None:
+            self.key = Linear(d, plan.kv_dim)
+            self.value = Linear(d, plan.kv_dim)
+        # A tuple, because a module given as an attribute would be registered again.
+        self.key_value = (self.key, self.value) if owner is None else owner.key_value
+        self.out = Linear(d, d, start="branch end" if init and init.scaled_outputs else "zero")
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Map x [B, T, D] to [B, T, D]."""
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], values: Tensor) -> Tensor:
+        """Map x [B, T, D] to [B, T, D]; values [B, T, K·E] is the value embedding's share."""
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim))
-            for project in (self.query, self.key, self.value)
+            for project in (self.query, *self.key_value)
         )
+        v = self.value_mix(v, values)
         q = self.q_gain(rotate(norm(q), rope))
-        return self.out(attend(q, rotate(norm(k), rope), v).flatten(-2))
+        y = self.xsa(attend(q, rotate(norm(k), rope), v), v)
+        return self.out(y.flatten(-2))

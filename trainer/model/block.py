@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from trainer.blueprint import Blueprint
+from trainer.blueprint import Blueprint, LayerPlan
 from trainer.model.attention import Attention
-from trainer.model.linear import norm
-from trainer.model.mlp import Mlp
+from trainer.model.linear import Absent, norm
+from trainer.model.mlp import build_mlp
 
 
 class ResidualScale(nn.Module):
@@ -52,33 +52,89 @@ class X0Mix(nn.Module):
         return mix[0] * x + mix[1] * x0
 
 
-class KeepStream(nn.Module):
-    """The entry of a block without an x0 mix."""
+class LnScale(nn.Module):
+    """A constant factor on a block's normed inputs. Source: techniques 2.10; no parameters."""
 
-    def forward(self, x: Tensor, x0: Tensor) -> Tensor:
-        return x
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+class LearnedLnScale(nn.Module):
+    """The same factor, learned. Source: the text of parameter-golf PR #610, whose code has the
+    constant. Parameters: 1, role scalar."""
+
+    ROLES = {"scale": "scalar"}
+
+    def __init__(self, init: float) -> None:
+        super().__init__()
+        self.init = init
+        self.scale = nn.Parameter(torch.empty(()))
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.scale, self.init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.to(x.dtype)
+
+
+class DtgGate(nn.Module):
+    """x̂ + σ(w · sg(x̂) + b)(y − x̂): each token decides how much of the block it takes.
+
+    Source: parameter-golf PR #414 (off there), techniques 2.14. Parameters: D + 1, role scalar.
+    """
+
+    ROLES = {"weight": "scalar", "bias": "scalar"}
+
+    def __init__(self, dim: int, bias_init: float) -> None:
+        super().__init__()
+        self.bias_init = bias_init
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(()))
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, self.bias_init)
+
+    def forward(self, y: Tensor, entry: Tensor) -> Tensor:
+        gate = torch.sigmoid(entry.detach() @ self.weight.to(entry.dtype) + self.bias.to(y.dtype))
+        return entry + gate.unsqueeze(-1) * (y - entry)
 
 
 class Block(nn.Module):
-    """h = x̂ + a ⊙ Attn(rms(x̂)); y = h + m ⊙ MLP(rms(h)), with x̂ the (mixed) stream."""
+    """h = x̂ + a ⊙ Attn(s · rms(x̂)); y = h + m ⊙ MLP(s · rms(h)), with x̂ the (mixed) stream."""
 
-    def __init__(self, plan: Blueprint) -> None:
+    def __init__(self, plan: Blueprint, layer: LayerPlan, kv_owner: "Block | None") -> None:
         super().__init__()
         spec = plan.spec
 
         def residual_scale() -> nn.Module:
             if spec.residual_scale is None:
-                return nn.Identity()
+                return Absent()
             return ResidualScale(spec.dim, spec.residual_scale.init)
 
         self.attention_scale = residual_scale()
         self.mlp_scale = residual_scale()
-        self.x0_mix = KeepStream() if spec.x0_mix is None else X0Mix(spec.dim)
-        self.attention = Attention(plan)
-        self.mlp = Mlp(plan)
+        self.x0_mix = Absent() if spec.x0_mix is None else X0Mix(spec.dim)
+        self.norm_scale = _norm_scale(plan, layer)
+        self.dtg = Absent() if spec.dtg is None else DtgGate(spec.dim, spec.dtg.bias_init)
+        self.attention = Attention(plan, layer, None if kv_owner is None else kv_owner.attention)
+        self.mlp = build_mlp(plan)
 
-    def forward(self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], values: Tensor) -> Tensor:
         """Map the stream x [B, T, D] to [B, T, D]."""
-        x = self.x0_mix(x, x0)
-        x = x + self.attention_scale(self.attention(norm(x), rope))
-        return x + self.mlp_scale(self.mlp(norm(x)))
+        entry = self.x0_mix(x, x0)
+        attended = self.attention(self.norm_scale(norm(entry)), rope, values)
+        x = entry + self.attention_scale(attended)
+        x = x + self.mlp_scale(self.mlp(self.norm_scale(norm(x))))
+        return self.dtg(x, entry)
+
+
+def _norm_scale(plan: Blueprint, layer: LayerPlan) -> nn.Module:
+    spec = plan.spec.ln_scale
+    if spec is None or layer.norm_scale is None:
+        return Absent()
+    return LearnedLnScale(layer.norm_scale) if spec.learned else LnScale(layer.norm_scale)

@@ -2,70 +2,73 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from trainer.blueprint import Blueprint
 from trainer.model.block import Block
+from trainer.model.head import MultiTokenHeads, Softcap, TiedHead, UntiedHead
 from trainer.model.kernels import token_loss
-from trainer.model.linear import Linear, norm
+from trainer.model.linear import Absent, Linear, norm
 from trainer.model.rotary import Rotary
-
-
-class Embedding(nn.Module):
-    """The token table. It is also the output matrix, so it is initialised small."""
-
-    ROLES = {"weight": "embed"}
-
-    def __init__(self, vocab_size: int, dim: int, init_std: float) -> None:
-        super().__init__()
-        self.init_std = init_std
-        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
-
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        nn.init.normal_(self.weight, std=self.init_std, generator=generator)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
-
-
-class Softcap(nn.Module):
-    """cap · tanh(z / cap). Source: Gemma 2, arXiv 2408.00118; no parameters."""
-
-    def __init__(self, cap: float) -> None:
-        super().__init__()
-        self.cap = cap
-
-    def forward(self, logits: Tensor) -> Tensor:
-        return self.cap * torch.tanh(logits / self.cap)
+from trainer.model.skips import GatedSkips, Skips
+from trainer.model.stem import (
+    BIGRAM,
+    TRIGRAM,
+    Embedding,
+    HashEmbedding,
+    SmearV1,
+    SmearV2,
+    ValueEmbedding,
+)
+from trainer.specs import model as specs
 
 
 class GPT(nn.Module):
     """The model that a blueprint describes. What the blueprint leaves out does not exist here."""
 
-    ROLES = {"skip_scale": "scalar"}
-
     def __init__(self, plan: Blueprint) -> None:
         super().__init__()
-        spec = plan.spec
+        spec, rope = plan.spec, plan.spec.attention.rope
         self.plan = plan
         self.steps = plan.steps
         self.embedding = Embedding(spec.vocab_size, spec.dim, spec.embedding.init_std)
-        if plan.num_skips:
-            self.skip_scale = nn.Parameter(torch.empty(plan.num_skips, spec.dim))
-        self.rotary = Rotary(plan.rope_dims, spec.attention.rope.base)
-        self.blocks = nn.ModuleList(Block(plan) for _ in range(spec.num_layers))
-        self.softcap = nn.Identity() if spec.softcap is None else Softcap(spec.softcap.cap)
+        self.skips = _skips(plan)
+        self.rotary = Rotary(plan.rope_dims, rope.base, rope.ntk_reference)
+        self.blocks = nn.ModuleList()
+        for layer in plan.layers:
+            is_owner = layer.kv_owner == layer.index
+            owner = None if is_owner else self.blocks[layer.kv_owner]
+            self.blocks.append(Block(plan, layer, owner))  # type: ignore[arg-type]
+        # Parts that draw random numbers come after the blocks: adding one leaves their init.
+        self.smear = _smear(spec)
+        self.bigram = _hash_embedding(spec.bigram, spec.dim, BIGRAM)
+        self.trigram = _hash_embedding(spec.trigram, spec.dim, TRIGRAM)
+        self.value_embedding = (
+            Absent()
+            if spec.value_embedding is None
+            else ValueEmbedding(spec.value_embedding, spec.vocab_size, plan.kv_dim)
+        )
+        self.softcap = Absent() if spec.softcap is None else Softcap(spec.softcap.cap)
+        self.head = TiedHead() if spec.head is None else UntiedHead(spec.vocab_size, spec.dim)
+        self.mtp = (
+            Absent() if spec.mtp is None else MultiTokenHeads(spec.mtp, spec.vocab_size, spec.dim)
+        )
+        is_early = isinstance(spec.smear, specs.SmearV2) or (
+            spec.smear is not None and spec.smear.before_norm
+        )
+        # Tuples, because these parts are registered above, under their own names.
+        self.before_norm = (self.bigram, self.trigram, *((self.smear,) if is_early else ()))
+        self.after_norm = () if is_early else (self.smear,)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
         """Initialise every parameter from one seed, in module order, on the CPU."""
         generator = torch.Generator().manual_seed(seed)
         spec = self.plan.spec
-        if spec.unet is not None and self.plan.num_skips:
-            nn.init.constant_(self.skip_scale, spec.unet.init)
         for module in self.modules():
             if isinstance(module, Linear):
-                module.reset_parameters(generator, orthogonal=spec.ortho_init is not None)
+                module.reset_parameters(
+                    generator, orthogonal=spec.ortho_init is not None, depth=spec.num_layers
+                )
             elif isinstance(module, Embedding):
                 module.reset_parameters(generator)
             elif module is not self and hasattr(module, "reset_parameters"):
@@ -74,19 +77,26 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor) -> Tensor:
         """Map tokens [B, T] to the normed output stream [B, T, D]."""
         rope = self.rotary(tokens.shape[1], tokens.device)
-        x = x0 = norm(self.embedding(tokens))
-        skips: list[Tensor] = []
+        values = self.value_embedding(tokens)
+        x = self.embedding(tokens)
+        for part in self.before_norm:
+            x = part(x, tokens)
+        x = norm(x)
+        for part in self.after_norm:
+            x = part(x, tokens)
+        x0 = x
+        kept: list[Tensor] = []
         for step in self.steps:
             if step.pop is not None:
-                x = x + self.skip_scale[step.pop].to(x.dtype) * skips.pop()
-            x = self.blocks[step.layer](x, x0, rope)
+                x = self.skips(x, kept.pop(), step.pop)
+            x = self.blocks[step.layer](x, x0, rope, values)
             if step.push:
-                skips.append(x)
+                kept.append(x)
         return norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Map hidden states [B, T, D] to logits [B, T, V] through the tied table."""
-        return self.softcap(F.linear(hidden, self.embedding.weight.to(hidden.dtype)))
+        """Map hidden states [B, T, D] to logits [B, T, V]."""
+        return self.softcap(self.head(hidden, self.embedding.weight))
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the loss in nats of each target [B, S], float32.
@@ -94,4 +104,27 @@ class GPT(nn.Module):
         Targets belong to the last S of the T positions: what is not scored needs no logits.
         """
         hidden = self.hidden(tokens)[:, -targets.shape[1] :]
-        return token_loss(self.logits(hidden), targets)
+        losses = token_loss(self.logits(hidden), targets)
+        return self.mtp(losses, hidden, targets, self.softcap)
+
+
+def _skips(plan: Blueprint) -> nn.Module:
+    unet = plan.spec.unet
+    if unet is None:
+        return Absent()
+    if unet.gate is None:
+        return Skips(plan.num_skips, plan.spec.dim, unet.init)
+    return GatedSkips(plan.num_skips, plan.spec.dim, unet.init, unet.gate.init)
+
+
+def _smear(spec: specs.ModelSpec) -> nn.Module:
+    if spec.smear is None:
+        return Absent()
+    kind = SmearV1 if isinstance(spec.smear, specs.SmearV1) else SmearV2
+    return kind(spec.smear, spec.dim)  # type: ignore[arg-type]
+
+
+def _hash_embedding(
+    spec: specs.HashEmbedding | None, dim: int, multipliers: tuple[int, ...]
+) -> nn.Module:
+    return Absent() if spec is None else HashEmbedding(spec, dim, multipliers)

@@ -1,32 +1,54 @@
-"""The one matrix multiplication of the blocks: float32 weight, cast to the stream's dtype."""
+"""The one matrix multiplication of the model: float32 weight, cast to the stream's dtype."""
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Start = Literal["plain", "branch end", "zero"]
+
 
 class Linear(nn.Module):
-    """y = x Wᵀ without bias. The master weight stays float32 whatever the stream's dtype."""
+    """y = x Wᵀ without bias. The master weight stays float32 whatever the stream's dtype.
 
-    ROLES = {"weight": "matrix"}
+    `weight_edit` is the seam for fake quantization: what it returns is what is multiplied.
+    """
 
-    def __init__(self, in_width: int, out_width: int, *, starts_at_zero: bool = False) -> None:
+    ROLES = {"weight": "matrix"}  # unless the owner says otherwise
+
+    def __init__(
+        self, in_width: int, out_width: int, *, start: Start = "plain", role: str = "matrix"
+    ) -> None:
         super().__init__()
+        self.ROLES = {"weight": role}
         self.weight = nn.Parameter(torch.empty(out_width, in_width))
-        self.starts_at_zero = starts_at_zero
+        self.start = start
+        self.weight_edit: nn.Module = nn.Identity()
 
-    def reset_parameters(self, generator: torch.Generator, *, orthogonal: bool) -> None:
-        """Initialise from `generator`: zero, orthogonal with gain 1, or uniform in ±1/√in."""
-        if self.starts_at_zero:
+    def reset_parameters(self, generator: torch.Generator, *, orthogonal: bool, depth: int) -> None:
+        """Initialise from `generator`: zero, orthogonal with gain 1, or uniform in ±1/√in.
+
+        Orthogonal matrices that end a branch are divided by √(2 · depth) (techniques 2.16).
+        """
+        if self.start == "zero":
             nn.init.zeros_(self.weight)
         elif orthogonal:
-            nn.init.orthogonal_(self.weight, generator=generator)
+            gain = (2 * depth) ** -0.5 if self.start == "branch end" else 1.0
+            nn.init.orthogonal_(self.weight, gain, generator=generator)
         else:
             bound = self.weight.shape[1] ** -0.5
             nn.init.uniform_(self.weight, -bound, bound, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight_edit(self.weight).to(x.dtype))
+
+
+class Absent(nn.Module):
+    """What stands where a recipe names no part: it returns its first argument."""
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        return x
 
 
 def norm(x: Tensor) -> Tensor:

@@ -29,19 +29,59 @@ class LeakyRelu2(nn.Module):
         return F.leaky_relu(x, self.slope).square()
 
 
-ACTIVATIONS = {specs.Relu2: Relu2, specs.LeakyRelu2: LeakyRelu2}
+class ReluPower(nn.Module):
+    """max(0, x)^power. Source: So et al., arXiv 2109.08668, generalised; no parameters."""
+
+    def __init__(self, spec: specs.ReluPower) -> None:
+        super().__init__()
+        self.power = spec.power
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).pow(self.power)
+
+
+ACTIVATIONS = {
+    specs.Relu2: Relu2,
+    specs.LeakyRelu2: LeakyRelu2,
+    specs.ReluPower: ReluPower,
+}
 
 
 class Mlp(nn.Module):
-    """Up, activation, down; the down projection starts at zero."""
+    """Up, activation, down."""
 
     def __init__(self, plan: Blueprint) -> None:
         super().__init__()
         activation = plan.spec.mlp.activation
         self.up = Linear(plan.spec.dim, plan.mlp_dim)
         self.activation = ACTIVATIONS[type(activation)](activation)
-        self.down = Linear(plan.mlp_dim, plan.spec.dim, starts_at_zero=True)
+        self.down = _down(plan)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, T, D] to [B, T, D]."""
         return self.down(self.activation(self.up(x)))
+
+
+class SwiGlu(nn.Module):
+    """down(silu(gate x) ⊙ up x). Source: Shazeer, arXiv 2002.05202. A third matrix."""
+
+    def __init__(self, plan: Blueprint) -> None:
+        super().__init__()
+        self.up = Linear(plan.spec.dim, plan.mlp_dim)
+        self.gate = Linear(plan.spec.dim, plan.mlp_dim)
+        self.down = _down(plan)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [B, T, D] to [B, T, D]."""
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def build_mlp(plan: Blueprint) -> nn.Module:
+    """Build the MLP that the spec's activation asks for."""
+    return SwiGlu(plan) if isinstance(plan.spec.mlp.activation, specs.SwiGlu) else Mlp(plan)
+
+
+def _down(plan: Blueprint) -> Linear:
+    init = plan.spec.ortho_init
+    start = "branch end" if init and init.scaled_outputs else "zero"
+    return Linear(plan.mlp_dim, plan.spec.dim, start=start)

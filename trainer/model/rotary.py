@@ -4,22 +4,34 @@ import torch
 from torch import Tensor, nn
 
 
+def ntk_base(base: float, num_tokens: int, reference: int | None, dims: int) -> float:
+    """Return the base for a sequence: raised by (T / reference)^(dims / (dims − 2)) beyond it.
+
+    Source: the NTK-aware rule as in parameter-golf PR #414 (techniques 2.9).
+    """
+    if reference is None or num_tokens <= reference:
+        return base
+    return base * (num_tokens / reference) ** (dims / (dims - 2))
+
+
 class Rotary(nn.Module):
     """Cosines and sines of t · base^(−2i/dims), for positions 0 … T−1, in float32.
 
     Source: Su et al., arXiv 2104.09864. Half-split pairing: dimension i turns with i + dims/2.
     """
 
-    def __init__(self, dims: int, base: float) -> None:
+    def __init__(self, dims: int, base: float, ntk_reference: int | None = None) -> None:
         super().__init__()
         self.dims = dims
         self.base = base
+        self.ntk_reference = ntk_reference
 
     def forward(self, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return (cos, sin), each [1, T, 1, dims/2]. Recomputed: cheaper than a cache to keep."""
+        base = ntk_base(self.base, num_tokens, self.ntk_reference, self.dims)
         exponents = torch.arange(0, self.dims, 2, dtype=torch.float32, device=device) / self.dims
         times = torch.arange(num_tokens, dtype=torch.float32, device=device)
-        angles = torch.outer(times, self.base**-exponents)
+        angles = torch.outer(times, base**-exponents)
         return angles.cos()[None, :, None, :], angles.sin()[None, :, None, :]
 
 

@@ -23,33 +23,75 @@ def sd_clip(clip: str) -> float | None:
 
 @spec
 class Prune:
-    """Zero the smallest `ratio` of each matrix by magnitude, before quantization."""
+    """Zero the smallest `ratio` of each matrix by magnitude, before quantization.
+
+    Only matrices of more than `larger_than` entries; `tables` prunes the embedding tables too.
+    """
 
     ratio: float = 0.03
+    tables: bool = False
+    larger_than: int = 65_536
 
     def __post_init__(self) -> None:
         require_fraction(ratio=self.ratio)
+        require(self.larger_than >= 0, f"larger_than={self.larger_than} is below 0")
+
+
+@spec
+class Bits:
+    """Bits per entry by class: 2 to 8 are integers with row scales, 16 is float16.
+
+    hash: the bigram and trigram tables and their projections. embed: the token table and an
+    untied head. other: the value embedding and its projection.
+    """
+
+    mlp: int = 6
+    attention: int = 6
+    hash: int = 8
+    embed: int = 8
+    other: int = 8
+    scalar: Literal[16, 32] = 32
+
+    def __post_init__(self) -> None:
+        for name in ("mlp", "attention", "hash", "embed", "other"):
+            bits = getattr(self, name)
+            require(2 <= bits <= 8 or bits == 16, f"{name}={bits} is neither in 2..8 nor 16")
+
+
+@spec
+class Int8Rule:
+    """The public baseline's own rule for tensors of 8 bits, instead of `clip` and `scale_floor`:
+    rows clipped at a high quantile, rounded by the scale as it is before float16."""
+
+    quantile: float = 0.9999984
+    scale_floor: float = 1 / 127
+
+    def __post_init__(self) -> None:
+        require(0.0 < self.quantile <= 1.0, f"quantile={self.quantile} is outside (0, 1]")
+        require_positive(scale_floor=self.scale_floor)
 
 
 @spec
 class Quantize:
-    """Integers per row: bits by role, and how a row's clip is found.
+    """Integers per row: bits by class, and how a row's clip is found.
 
     clip: `none` takes the row maximum; p3 p5 p9 try quantiles of |w| and r9 ratios of the row
-    maximum, keeping per row the one with the least squared error; `sd<k>` clips at k standard
-    deviations. `float_numel`: tensors of at most so many elements are stored as float16.
+    maximum; `sd<k>` clips at k standard deviations. Of several candidates the one with the least
+    squared error is kept, `clip_scope` by row or one for the whole matrix. A grid is -R..R, or
+    -R-1..R when not `symmetric`. `float_numel`: tensors of at most so many elements are stored as
+    float16. `float16_keys`: layers whose key projection is, too.
     """
 
-    matrix_bits: int = 6
-    embed_bits: int = 8
+    bits: Bits = Bits()
     clip: str = "none"
+    clip_scope: Literal["row", "matrix"] = "row"
     scale_floor: float = 1e-12
+    symmetric: bool = True
+    int8: Int8Rule | None = None
     float_numel: int = 65_536
+    float16_keys: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("matrix_bits", "embed_bits"):
-            bits = getattr(self, name)
-            require(2 <= bits <= 8, f"{name}={bits} is outside 2..8")
         known = ("none", *CLIP_CANDIDATES)
         k = sd_clip(self.clip)
         require(
@@ -62,13 +104,27 @@ class Quantize:
 
 @spec
 class Zstd:
-    """One zstd frame with size and checksum. Never replaced by another compressor."""
+    """One zstd frame with size and checksum. Never replaced by another compressor.
+
+    `long_distance` lets zstd look for repeats over the level's own window, or one of
+    2 ** `window_log` bytes; without it the search is kept short.
+    """
 
     kind: Literal["zstd"] = "zstd"
     level: int = 22
+    long_distance: bool = False
+    window_log: int | None = None
 
     def __post_init__(self) -> None:
         require(1 <= self.level <= 22, f"level={self.level} is outside 1..22")
+        require(
+            self.window_log is None or 10 <= self.window_log <= 27,
+            f"window_log={self.window_log} is outside 10..27",
+        )
+        require(
+            self.window_log is None or self.long_distance,
+            f"window_log={self.window_log} needs long_distance: true",
+        )
 
 
 @spec

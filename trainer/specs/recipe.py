@@ -56,3 +56,20 @@ class Recipe:
             f"final.average={self.final.average} but the training keeps none; "
             f"{fix.get(self.final.average)}",
         )
+        self._check_kept_keys()
+        mtp = self.model.mtp
+        require(
+            mtp is None or mtp.num_heads < self.train.seq_len,
+            f"model.mtp.num_heads={mtp and mtp.num_heads} looks past the end of "
+            f"train.seq_len={self.train.seq_len}",
+        )
+
+    def _check_kept_keys(self) -> None:
+        depth, kv = self.model.num_layers, self.model.attention.shared_kv
+        num_owners = depth if kv is None else 1 if kv.last is None else depth - kv.last
+        for layer in self.final.quantize.float16_keys:
+            require(
+                0 <= layer < num_owners,
+                f"final.quantize.float16_keys: layer {layer} has no key projection of its own; "
+                f"layers 0..{num_owners - 1} have",
+            )

@@ -7,7 +7,7 @@ from trainer.specs.evaluate import EvaluateSpec
 from trainer.specs.final import FinalSpec
 from trainer.specs.model import ModelSpec
 from trainer.specs.recipe import Observe, Recipe
-from trainer.specs.train import Averages, TrainSpec, ema_entry
+from trainer.specs.train import TrainSpec, ema_entry
 
 
 @spec
@@ -36,7 +36,7 @@ def train_task(recipe: Recipe) -> TrainTask:
     """The training that a recipe asks for. Which EMA a final takes is not the training's concern:
     a chosen decay and a banked one make the same task."""
     averages = recipe.train.averages
-    kept = Averages(ema_bank=averages.decays(), swa=averages.swa)
+    kept = replace(averages, ema_decay=None, ema_bank=averages.decays())
     return TrainTask(
         model=recipe.model,
         train=replace(recipe.train, averages=kept),

@@ -10,16 +10,51 @@ class Schedule:
     """Constant learning rate, then a linear warmdown over the last `warmdown_iters` steps.
 
     basis `steps` counts iterations; `wallclock` warms down when the time left of `max_clock_s`
-    is what `warmdown_iters` steps would take at the mean pace so far.
+    is what `warmdown_iters` steps would take at the mean pace so far. `warmdown_fraction` gives
+    the warmdown as a share of the run, of its iterations or of its clock; warmdown_iters is 0 then.
     """
 
     basis: Literal["steps", "wallclock"] = "steps"
     warmdown_iters: int = 1200
+    warmdown_fraction: float | None = None
     min_lr_scale: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.warmdown_iters >= 0, f"warmdown_iters={self.warmdown_iters} is below 0")
+        iters, fraction = self.warmdown_iters, self.warmdown_fraction
+        require(iters >= 0, f"warmdown_iters={iters} is below 0")
+        require(
+            iters == 0 or fraction is None,
+            f"warmdown_iters={iters} beside warmdown_fraction={fraction}: set one to 0 or null",
+        )
+        require(
+            fraction is None or 0.0 < fraction <= 1.0,
+            f"warmdown_fraction={fraction} is outside (0, 1]",
+        )
         require_fraction(min_lr_scale=self.min_lr_scale)
+
+    def goes_below(self, scale: float) -> bool:
+        """Whether the lr scale ever falls below `scale`."""
+        has_warmdown = self.warmdown_iters > 0 or self.warmdown_fraction is not None
+        return (has_warmdown or scale > 1.0) and self.min_lr_scale < scale
+
+
+@spec
+class Late:
+    """When something that acts late in a training begins.
+
+    `lr_scale`: once the lr scale is below it. `progress`: once that share of the run is done.
+    """
+
+    lr_scale: float | None = None
+    progress: float | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            (self.lr_scale is None) != (self.progress is None),
+            "give either lr_scale or progress",
+        )
+        require_positive(lr_scale=self.lr_scale)
+        require_fraction(progress=self.progress)
 
 
 @spec
@@ -30,11 +65,18 @@ class Muon:
     momentum: float = 0.95
     momentum_start: float = 0.85
     momentum_warmup_steps: int = 500
+    coefficients: Literal["quintic", "polar_express"] = "quintic"
     ns_steps: int = 5
+    ns_dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the Newton–Schulz products; absent: bfloat16 on a CUDA device, float32 on a CPU."""
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         require_positive(lr=self.lr, ns_steps=self.ns_steps)
+        require(
+            self.coefficients == "quintic" or self.ns_steps <= 5,
+            f"ns_steps={self.ns_steps}: polar_express has coefficients for 5 steps",
+        )
         require_fraction(momentum=self.momentum, momentum_start=self.momentum_start)
         require(self.momentum_warmup_steps >= 0, "momentum_warmup_steps is below 0")
         require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} is below 0")
@@ -42,7 +84,7 @@ class Muon:
 
 @spec
 class AdamW:
-    """The optimizer of the embedding table or of the scalars and vectors."""
+    """The optimizer of the tables, of the scalars and vectors, or of an untied head."""
 
     lr: float
     beta1: float = 0.9
@@ -63,6 +105,7 @@ class Optimizer:
     matrix: Muon = Muon()
     embed: AdamW = AdamW(lr=0.05)
     scalar: AdamW = AdamW(lr=0.04)
+    head: AdamW = AdamW(lr=0.008)
     grad_clip: float | None = None
 
     def __post_init__(self) -> None:
@@ -71,13 +114,13 @@ class Optimizer:
 
 @spec
 class Swa:
-    """The mean of snapshots taken every `every` steps once the lr scale is below `start_scale`."""
+    """The mean of snapshots taken every `every` steps from `start` on."""
 
-    start_scale: float = 0.4
+    start: Late = Late(lr_scale=0.4)
     every: int = 50
 
     def __post_init__(self) -> None:
-        require_positive(start_scale=self.start_scale, every=self.every)
+        require_positive(every=self.every)
 
 
 def ema_entry(decay: float) -> str:
@@ -95,9 +138,12 @@ class Averages:
 
     ema_decay: float | None = None
     ema_bank: tuple[float, ...] = ()
+    ema_every: int = 1
+    """Steps between updates of the shadows, each then by decay ** ema_every."""
     swa: Swa | None = None
 
     def __post_init__(self) -> None:
+        require_positive(ema_every=self.ema_every)
         for decay in self.decays():
             require(0.0 < decay < 1.0, f"an EMA decay of {decay} is outside (0, 1)")
 
@@ -105,6 +151,39 @@ class Averages:
         """Every decay the training keeps, ascending and without repeats."""
         chosen = () if self.ema_decay is None else (self.ema_decay,)
         return tuple(sorted({*self.ema_bank, *chosen}))
+
+
+@spec
+class Qat:
+    """Fake quantization of the matrices in training: bits by class, None leaves a class alone.
+
+    scale `row` or `tensor`: what the largest magnitude is taken over. Without `start` it acts
+    from step 0; with it, a tensor switch flips once during the training.
+    """
+
+    mlp_bits: int | None = None
+    attention_bits: int | None = None
+    other_bits: int | None = None
+    """Of every other matrix: projections of hashed and value embeddings, heads."""
+    scale: Literal["row", "tensor"] = "row"
+    scale_floor: float = 1e-12
+    start: Late | None = None
+
+    def __post_init__(self) -> None:
+        widths = {
+            "mlp_bits": self.mlp_bits,
+            "attention_bits": self.attention_bits,
+            "other_bits": self.other_bits,
+        }
+        require(any(widths.values()), f"give bits to one of {', '.join(widths)}")
+        for name, bits in widths.items():
+            require(bits is None or 2 <= bits <= 8, f"{name}={bits} is outside 2..8")
+        require_positive(scale_floor=self.scale_floor)
+        start = self.start
+        require(
+            start is None or (start.progress != 0.0 and (start.lr_scale or 0.0) <= 1.0),
+            "start has come at step 0 already: leave it out to act from there",
+        )
 
 
 @spec
@@ -126,6 +205,7 @@ class TrainSpec:
     schedule: Schedule = Schedule()
     optimizer: Optimizer = Optimizer()
     averages: Averages = Averages()
+    qat: Qat | None = None
 
     def __post_init__(self) -> None:
         require_positive(
@@ -147,8 +227,19 @@ class TrainSpec:
             self.schedule.basis == "steps" or self.max_clock_s is not None,
             "schedule.basis=wallclock needs max_clock_s",
         )
+        warmdown = self.schedule.warmdown_iters
         require(
-            self.schedule.basis != "steps" or self.schedule.warmdown_iters <= self.iterations,
-            f"schedule.warmdown_iters={self.schedule.warmdown_iters} exceeds "
-            f"iterations={self.iterations}",
+            self.schedule.basis != "steps" or warmdown <= self.iterations,
+            f"schedule.warmdown_iters={warmdown} exceeds iterations={self.iterations}",
         )
+        swa = self.averages.swa
+        for path, start in (
+            ("averages.swa", swa and swa.start),
+            ("qat", self.qat and self.qat.start),
+        ):
+            scale = start.lr_scale if start else None
+            require(
+                scale is None or self.schedule.goes_below(scale),
+                f"{path}.start.lr_scale={scale} is never reached: the schedule has no warmdown "
+                "below it",
+            )
