@@ -12,12 +12,12 @@ from trainer.codec import dump, fingerprint
 from trainer.data.shards import Dataset
 from trainer.errors import UsageError
 from trainer.finalize.code import code_digest
-from trainer.optim.schedule import lr_scale
+from trainer.optim.schedule import has_begun, lr_scale, progress
 from trainer.protocol import SPEC_VERSION
 from trainer.sizes import flops_per_token, forecast_weights_bytes, num_params
 from trainer.specs.recipe import Recipe
 from trainer.specs.task import FinalTask, TrainTask, final_task, train_task
-from trainer.specs.train import TrainSpec
+from trainer.specs.train import Late, TrainSpec
 from tune_spaces.space import Point, grid, of_phase, sample
 
 ID_LENGTH = 20
@@ -129,7 +129,13 @@ def _check_training(recipe: Recipe, sweep: Sweep, inputs: Inputs, where: str) ->
     if recipe.final.average == "swa" and not _takes_snapshots(train):
         raise UsageError(
             f"{where}: train.averages.swa takes no snapshot in {train.iterations} iterations; "
-            "lower swa.every, raise swa.start_scale or lengthen the warmdown"
+            "lower swa.every or let swa.start come earlier"
+        )
+    qat = train.qat
+    if qat is not None and qat.start is not None and not _steps_from(train, qat.start):
+        raise UsageError(
+            f"{where}: train.qat.start never comes in {train.iterations} iterations; let it come "
+            "earlier or lengthen the warmdown"
         )
 
 
@@ -137,8 +143,15 @@ def _takes_snapshots(train: TrainSpec) -> bool:
     swa = train.averages.swa
     if swa is None or train.schedule.basis != "steps":
         return swa is not None  # by wall clock it shows only on the way
-    due = range(swa.every, train.iterations + 1, swa.every)
-    return any(lr_scale(train, step - 1, 0.0) < swa.start_scale for step in due)
+    return any((step + 1) % swa.every == 0 for step in _steps_from(train, swa.start))
+
+
+def _steps_from(train: TrainSpec, start: Late) -> list[int]:
+    """The steps, from 0, at which `start` has come; all of them where only a clock can tell."""
+    steps = range(train.iterations)
+    if train.schedule.basis != "steps":
+        return list(steps)
+    return [s for s in steps if has_begun(start, lr_scale(train, s, 0.0), progress(train, s, 0.0))]
 
 
 def _with_bank(task: TrainTask, decays: tuple[float, ...]) -> TrainTask:
@@ -237,6 +250,5 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     return {
         "recipe": recipe.name,
         "num_params": num_params(recipe.model),
-        "forecast_weights_bytes": forecast_weights_bytes(recipe.model, recipe.final),
-        "data": recipe.data.name,
+        "forecast_bytes": forecast_weights_bytes(recipe.model, recipe.final),
     }

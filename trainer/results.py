@@ -43,6 +43,8 @@ class TrainResult:
     parity_bpb: float
     """The trainer's own end-of-run score of `parity_entry`, blocks without overlap."""
     parity_tolerance: float
+    qat_start_step: int | None = None
+    """Steps done when fake quantization came on: 0 without a start, None when it never did."""
 
 
 @spec

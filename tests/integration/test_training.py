@@ -325,6 +325,21 @@ def test_two_workers_see_the_same_batches_as_one(straight, tiny_dataset, tmp_pat
     assert load_training(training)[1].world_size == 2
 
 
+def test_two_workers_begin_to_round_their_weights_at_the_same_step(tiny_dataset, tmp_path):
+    qat = {"mlp_bits": 5, "attention_bits": 6, "start": {"lr_scale": 0.6}}
+    recipe = tiny.recipe({"train.qat": qat, "train.micro_batch_tokens": 64})
+    train(train_task(recipe), tiny_dataset, tmp_path / "alone", ALONE)
+
+    status, talk = gang_of_two(recipe, tiny_dataset, tmp_path)
+
+    assert status == 0, talk
+    training = tmp_path / "out" / "training"
+    assert load_training(training)[1].qat_start_step == 10
+    for series in ("train/loss", "qat/on_grid"):
+        one, two = (journal_of(folder, series) for folder in (tmp_path / "alone", training))
+        assert two == pytest.approx(one, abs=1e-4)
+
+
 def test_workers_that_do_not_share_a_batch_evenly_are_refused(tiny_dataset, tmp_path):
     recipe = tiny.recipe({"train.batch_tokens": 32})
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from trainer.optim.averages import AverageBank
-from trainer.specs.train import Averages, Swa
+from trainer.specs.train import Averages, Late, Swa
 
 DECAYS = (0.5, 0.9, 0.997)
 
@@ -21,7 +21,8 @@ def walk(spec, num_steps=8, dtype=torch.float32, scales=None):
         if bank is None:
             bank = AverageBank(model, spec)
         else:
-            bank.update(step, 1.0 if scales is None else scales[step - 1])
+            scale = 1.0 if scales is None else scales[step - 1]
+            bank.update(step, scale, (step - 1) / num_steps)
     return bank, visited
 
 
@@ -34,6 +35,16 @@ def test_a_shadow_is_the_plain_recursion_from_the_initial_weights(decay):
         for weights in visited[1:]:
             expected = decay * expected + (1 - decay) * weights[name]
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_shadow_that_moves_every_tenth_step_moves_by_the_tenth_power():
+    bank, visited = walk(Averages(ema_decay=0.997, ema_every=10), num_steps=25)
+
+    for name, found in bank.entries()["ema-0.997"].items():
+        expected = visited[0][name]
+        for step in (10, 20):
+            expected = 0.97040 * expected + (1 - 0.97040) * visited[step][name]
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
 
 
 def test_all_decays_at_once_equal_each_alone_bit_for_bit():
@@ -54,22 +65,30 @@ def test_shadows_of_bfloat16_weights_move_by_less_than_a_bfloat16_step():
 
     with torch.no_grad():
         model.weight.fill_(1.5)
-    bank.update(1, 1.0)
+    bank.update(1, 1.0, 0.0)
 
     assert float(bank.entries()["ema-0.999"]["weight"]) == pytest.approx(1.0005, abs=1e-6)
 
 
 def test_swa_is_the_mean_of_the_snapshots_once_the_rate_is_low():
     scales = [1.0, 1.0, 0.4, 0.39, 0.3, 0.2, 0.1, 0.05]
-    bank, visited = walk(Averages(swa=Swa(start_scale=0.4, every=2)), scales=scales)
+    bank, visited = walk(Averages(swa=Swa(start=Late(lr_scale=0.4), every=2)), scales=scales)
 
     for name, found in bank.entries()["swa"].items():
         expected = sum(visited[step][name] for step in (4, 6, 8)) / 3
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_swa_can_begin_by_the_share_of_the_run_that_is_done():
+    bank, visited = walk(Averages(swa=Swa(start=Late(progress=0.5), every=1)))
+
+    for name, found in bank.entries()["swa"].items():
+        expected = sum(visited[step][name] for step in (5, 6, 7, 8)) / 4
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_swa_without_a_snapshot_is_no_entry():
-    bank, _ = walk(Averages(ema_decay=0.9, swa=Swa(start_scale=0.4, every=2)))
+    bank, _ = walk(Averages(ema_decay=0.9, swa=Swa(start=Late(lr_scale=0.4), every=2)))
 
     assert list(bank.entries()) == ["raw", "ema-0.9"]
 
@@ -84,16 +103,16 @@ def test_the_raw_entry_is_the_last_weights_in_float32():
 
 
 def test_a_restored_bank_goes_on_to_the_same_bits():
-    spec = Averages(ema_bank=DECAYS, swa=Swa(start_scale=2.0, every=1))
+    spec = Averages(ema_bank=DECAYS, swa=Swa(start=Late(progress=0.0), every=1))
     model = nn.Linear(5, 3)
     straight = AverageBank(model, spec)
-    straight.update(1, 1.0)
+    straight.update(1, 1.0, 0.0)
     resumed = AverageBank(nn.Linear(5, 3), spec)
 
     resumed.load_state_dict(straight.state_dict())
     resumed.sources = straight.sources
     for bank in (straight, resumed):
-        bank.update(2, 1.0)
+        bank.update(2, 1.0, 0.5)
 
     for entry, tensors in straight.entries().items():
         for name, tensor in tensors.items():

@@ -3,11 +3,11 @@ import torch
 from torch import nn
 
 from tests import tiny
-from tests.reference.muon_reference import PlainMuon, orthogonalise
+from tests.reference.muon_reference import POLAR_EXPRESS, QUINTIC, PlainMuon, orthogonalise
 from trainer.model.build import build
 from trainer.model.roles import roles_of
 from trainer.optim.groups import Optimizers
-from trainer.optim.muon import Muon, momentum_at, newton_schulz
+from trainer.optim.muon import Muon, momentum_at, newton_schulz, triples
 from trainer.specs import train as specs
 
 
@@ -23,35 +23,56 @@ def take_steps(model, optimizers, first, last):
         optimizers.step(step, 1.0)
 
 
+SINGULAR = (0.01, 0.05, 0.1, 0.3, 0.5, 1.0)
+
+
 @pytest.mark.parametrize(
-    ("singular", "expected"),
-    [(0.01, 0.699), (0.05, 0.758), (0.1, 0.712), (0.3, 1.080), (0.5, 0.765), (1.0, 0.696)],
+    ("coefficients", "published"),
+    [
+        ("quintic", (0.699, 0.758, 0.712, 1.080, 0.765, 0.696)),
+        ("polar_express", (1.027, 0.909, 1.059, 0.983, 0.911, 0.859)),
+    ],
 )
-def test_newton_schulz_maps_singular_values_as_published(singular, expected):
+def test_newton_schulz_maps_singular_values_as_published(coefficients, published):
     # A second value fills the Frobenius norm to 1, so that the division leaves the first alone.
-    matrix = torch.diag(torch.tensor([singular, (1 - singular**2) ** 0.5], dtype=torch.float64))
+    s = torch.tensor(SINGULAR, dtype=torch.float64)
+    stack = torch.diag_embed(torch.stack([s, (1 - s**2).sqrt()], dim=1))
 
-    out = newton_schulz(matrix[None], 5, torch.float64)[0]
+    out = newton_schulz(stack, triples(specs.Muon(coefficients=coefficients)), torch.float64)
 
-    assert float(out[0, 0]) == pytest.approx(expected, abs=6e-4)
+    assert out[:, 0, 0].tolist() == pytest.approx(published, abs=6e-4)
 
 
+@pytest.mark.parametrize(("coefficients", "table"), [("quintic", QUINTIC),
+                                                     ("polar_express", POLAR_EXPRESS)])  # fmt: skip
 @pytest.mark.parametrize("shape", [(6, 6), (4, 10), (10, 4)])
-def test_newton_schulz_of_a_stack_is_the_plain_twins_of_each(shape):
+def test_newton_schulz_of_a_stack_is_the_plain_twins_of_each(shape, coefficients, table):
     stack = draw(3, *shape).double()
 
-    out = newton_schulz(stack, 5, torch.float64)
+    out = newton_schulz(stack, triples(specs.Muon(coefficients=coefficients)), torch.float64)
 
     for matrix, found in zip(stack, out, strict=True):
-        torch.testing.assert_close(found, orthogonalise(matrix, 5))
+        torch.testing.assert_close(found, orthogonalise(matrix, table))
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_muon_is_the_plain_twin_over_several_steps(weight_decay):
-    spec = specs.Muon(lr=0.03, weight_decay=weight_decay, momentum_warmup_steps=3)
+def test_fewer_newton_schulz_steps_take_the_first_coefficients():
+    spec = specs.Muon(coefficients="polar_express", ns_steps=3)
+
+    assert triples(spec) == POLAR_EXPRESS[:3]
+    assert triples(specs.Muon(ns_steps=7)) == QUINTIC[:1] * 7
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "table", "weight_decay"),
+    [("quintic", QUINTIC, 0.0), ("quintic", QUINTIC, 0.1), ("polar_express", POLAR_EXPRESS, 0.1)],
+)
+def test_muon_is_the_plain_twin_over_several_steps(coefficients, table, weight_decay):
+    spec = specs.Muon(
+        lr=0.03, weight_decay=weight_decay, momentum_warmup_steps=3, coefficients=coefficients
+    )
     starts = [draw(8, 8), draw(8, 8, seed=1), draw(12, 4, seed=2), draw(4, 12, seed=3)]
     parameters = [nn.Parameter(start.clone()) for start in starts]
-    twins = [PlainMuon(start, spec.lr, weight_decay, spec.ns_steps) for start in starts]
+    twins = [PlainMuon(start, spec.lr, weight_decay, table) for start in starts]
     muon = Muon(parameters, spec)
 
     for step, lr_scale in enumerate((1.0, 1.0, 0.5, 0.25)):
@@ -63,6 +84,20 @@ def test_muon_is_the_plain_twin_over_several_steps(weight_decay):
 
     for parameter, twin in zip(parameters, twins, strict=True):
         torch.testing.assert_close(parameter.detach().double(), twin.weight, rtol=0, atol=1e-5)
+
+
+def test_newton_schulz_can_be_asked_to_run_in_half_precision():
+    def move_of(dtype):
+        parameter = nn.Parameter(torch.zeros(8, 8))
+        parameter.grad = draw(8, 8)
+        Muon([parameter], specs.Muon(lr=1.0, ns_dtype=dtype)).step()
+        return parameter.detach()
+
+    full, halved = move_of("float32"), move_of("bfloat16")
+
+    assert torch.equal(full, move_of(None))  # what a CPU takes by itself
+    assert torch.equal(halved, halved.bfloat16().float())
+    assert 0 < float((halved - full).abs().max()) < 0.05
 
 
 def test_a_matrix_without_gradient_only_decays():
@@ -85,8 +120,16 @@ def test_without_warmup_the_momentum_is_final_at_once():
     assert momentum_at(specs.Muon(momentum_warmup_steps=0), 0) == pytest.approx(0.95)
 
 
-def test_every_parameter_is_in_the_one_optimizer_of_its_role():
-    model = build(tiny.full_model(), seed=0)
+MODELS = pytest.mark.parametrize(
+    "spec",
+    [tiny.rich_model(), tiny.full_model(), tiny.bare_model()],
+    ids=["rich", "full", "bare"],
+)
+
+
+@MODELS
+def test_every_parameter_is_in_the_one_optimizer_of_its_role(spec):
+    model = build(spec, seed=0)
     optimizers = Optimizers(model, specs.Optimizer())
 
     held = [
@@ -101,28 +144,34 @@ def test_every_parameter_is_in_the_one_optimizer_of_its_role():
     assert sorted(held) == sorted(declared)
 
 
-@pytest.mark.parametrize("spec", [tiny.full_model(), tiny.bare_model()], ids=["full", "bare"])
-def test_every_parameter_has_moved_after_two_steps_with_a_gradient(spec):
+@pytest.mark.parametrize(
+    ("spec", "num_steps"),
+    # A head from zero passes no gradient down in the first step, a branch's end none in the next.
+    [(tiny.rich_model(), 3), (tiny.full_model(), 2), (tiny.bare_model(), 2)],
+    ids=["rich", "full", "bare"],
+)
+def test_every_parameter_soon_has_a_gradient_and_has_moved(spec, num_steps):
     model = build(spec, seed=0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizers = Optimizers(model, specs.Optimizer())
-    take_steps(model, optimizers, 0, 1)
+    take_steps(model, optimizers, 0, num_steps - 1)
     tokens = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(5))
 
     model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
     without = {name for name, p in model.named_parameters() if not p.grad.any()}
-    optimizers.step(1, 1.0)
+    optimizers.step(num_steps - 1, 1.0)
 
     still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
     assert (without, still) == (set(), set())
 
 
 def test_each_role_has_its_own_rate_and_decay_scaled_together():
-    model = build(tiny.full_model(), seed=0)
+    model = build(tiny.rich_model(), seed=0)
     spec = specs.Optimizer(
         matrix=specs.Muon(lr=0.3, momentum_start=0.5, momentum_warmup_steps=10),
         embed=specs.AdamW(lr=0.2, beta1=0.8, beta2=0.7, eps=1e-6, weight_decay=0.01),
         scalar=specs.AdamW(lr=0.1),
+        head=specs.AdamW(lr=0.4, beta1=0.6),
     )
     optimizers = Optimizers(model, spec)
 
@@ -133,10 +182,12 @@ def test_each_role_has_its_own_rate_and_decay_scaled_together():
         "matrix": 0.15,
         "embed": 0.1,
         "scalar": 0.05,
+        "head": 0.2,
     }
     assert groups["matrix"]["momentum"] == 0.95
     assert (groups["embed"]["betas"], groups["embed"]["eps"]) == ((0.8, 0.7), 1e-6)
     assert groups["embed"]["weight_decay"] == 0.01
+    assert groups["head"]["betas"] == (0.6, 0.95)
 
 
 def test_at_rate_zero_nothing_moves_and_gradients_are_cleared():
@@ -153,7 +204,7 @@ def test_at_rate_zero_nothing_moves_and_gradients_are_cleared():
 
 
 def test_the_clip_bounds_the_norm_over_all_parameters():
-    model = build(tiny.full_model(), seed=0)
+    model = build(tiny.rich_model(), seed=0)
     optimizers = Optimizers(model, specs.Optimizer(grad_clip=0.5))
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 3.0)
@@ -162,10 +213,10 @@ def test_the_clip_bounds_the_norm_over_all_parameters():
 
     # After one step AdamW's first moment is 0.1 of the clipped gradient, Muon's is all of it.
     squares = 0.0
-    for role, scale in (("matrix", 1.0), ("embed", 10.0), ("scalar", 10.0)):
-        for state in optimizers.by_role[role].state.values():
-            moment = state["momentum_buffer" if role == "matrix" else "exp_avg"]
-            squares += float((scale * moment).square().sum())
+    for role, optimizer in optimizers.by_role.items():
+        name, scale = ("momentum_buffer", 1.0) if role == "matrix" else ("exp_avg", 10.0)
+        for state in optimizer.state.values():
+            squares += float((scale * state[name]).square().sum())
     assert squares**0.5 == pytest.approx(0.5, rel=1e-3)
 
 

@@ -72,7 +72,7 @@ def test_what_changes_the_weights_changes_every_id(plan, assignment):
 
 
 @pytest.mark.parametrize(
-    "assignment", ["final.prune.ratio=0.11", "final.quantize.matrix_bits=5", "evaluate.stride=32"]
+    "assignment", ["final.prune.ratio=0.11", "final.quantize.bits.mlp=5", "evaluate.stride=32"]
 )
 def test_what_acts_after_training_keeps_the_trainings(plan, assignment):
     trainings, finals = ids(plan(assignment))
@@ -128,8 +128,20 @@ def test_a_bank_holds_the_decays_that_a_random_search_drew(plan):
         (("resources.workers=3",), "16 sequences, which resources.workers=3 do not share evenly"),
         (("model.vocab_size=512",), "below the 1024 tokens of the data"),
         (
-            ("train.averages.swa={start_scale: 0.1, every: 50}", "final.average=swa"),
+            ("train.averages.swa={start: {lr_scale: 0.1}, every: 50}", "final.average=swa"),
             "takes no snapshot in 120 iterations",
+        ),
+        (
+            ("train.averages.swa={start: {progress: 0.9}, every: 50}", "final.average=swa"),
+            "takes no snapshot in 120 iterations",
+        ),
+        (
+            ("train.qat={mlp_bits: 6, start: {lr_scale: 0.04}}",),
+            r"train\.qat\.start never comes in 120 iterations",
+        ),
+        (
+            ("train.qat={mlp_bits: 6, start: {progress: 0.999}}",),
+            r"train\.qat\.start never comes in 120 iterations",
         ),
     ],
 )

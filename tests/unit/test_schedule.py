@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.optim.schedule import lr_scale
-from trainer.specs.train import Schedule, TrainSpec
+from trainer.optim.schedule import has_begun, lr_scale, progress
+from trainer.specs.train import Late, Schedule, TrainSpec
 
 
 def spec(max_clock_s=None, **schedule):
@@ -42,6 +42,56 @@ def test_by_wallclock_the_rate_falls_over_the_time_that_the_steps_would_take(
     told = spec(max_clock_s=100.0, basis="wallclock", warmdown_iters=400)
 
     assert lr_scale(told, step, elapsed_s) == pytest.approx(scale)
+
+
+FRACTION = (
+    (0, 1.0),
+    (280, 1.0),  # exactly where it begins
+    (281, 719 / 720),
+    (640, 0.5),
+    (999, 0.1),  # 1/720 is below the floor
+)
+
+
+@pytest.mark.parametrize(("step", "scale"), FRACTION)
+def test_a_warmdown_can_be_a_share_of_the_steps(step, scale):
+    told = spec(warmdown_iters=0, warmdown_fraction=0.72, min_lr_scale=0.1)
+
+    assert lr_scale(told, step, 0.0) == pytest.approx(scale)
+
+
+@pytest.mark.parametrize(("tenths_s", "scale"), FRACTION)
+@pytest.mark.parametrize("step", [1, 999])
+def test_a_warmdown_can_be_a_share_of_the_clock_whatever_the_pace(tenths_s, scale, step):
+    told = spec(
+        max_clock_s=100.0,
+        basis="wallclock",
+        warmdown_iters=0,
+        warmdown_fraction=0.72,
+        min_lr_scale=0.1,
+    )
+
+    assert lr_scale(told, step, tenths_s / 10) == pytest.approx(scale)
+    assert lr_scale(told, step, 101.0) == 0.1
+
+
+def test_progress_is_the_share_of_the_steps_or_of_the_clock():
+    by_steps = spec(warmdown_iters=0)
+    by_clock = spec(max_clock_s=100.0, basis="wallclock")
+
+    assert [progress(by_steps, step, 50.0) for step in (0, 250, 1000)] == [0.0, 0.25, 1.0]
+    assert [progress(by_clock, 999, s) for s in (0.0, 25.0, 120.0)] == [0.0, 0.25, 1.0]
+
+
+def test_what_is_late_begins_below_a_rate_or_at_a_share_of_the_run():
+    by_rate, by_progress = Late(lr_scale=0.15), Late(progress=0.96)
+
+    assert [has_begun(by_rate, scale, 0.99) for scale in (1.0, 0.15, 0.149)] == [False, False, True]
+    assert [has_begun(by_progress, 0.0, done) for done in (0.0, 0.959, 0.96)] == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_without_warmdown_the_rate_is_constant():

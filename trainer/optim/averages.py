@@ -3,15 +3,16 @@
 import torch
 from torch import Tensor, nn
 
+from trainer.optim.schedule import has_begun
 from trainer.specs.train import Averages, ema_entry
 
 
 class AverageBank:
     """One EMA shadow per decay, all updated at once, and a running SWA sum.
 
-    EMA: E ← αE + (1−α)p after every step, from the initial weights, without bias correction
-    (techniques 2.19). SWA: mean of the snapshots at `step mod every = 0` while the lr scale is
-    below `start_scale` (2.20).
+    EMA: E ← αᴺE + (1−αᴺ)p after every Nth step, N being `ema_every`, from the initial weights,
+    without bias correction (techniques 2.19). SWA: mean of the snapshots at `step mod every = 0`
+    once `start` has come (2.20).
     """
 
     def __init__(self, model: nn.Module, spec: Averages) -> None:
@@ -29,15 +30,20 @@ class AverageBank:
         )
 
     @torch.no_grad()
-    def update(self, step: int, lr_scale: float) -> None:
-        """Fold in the weights after step `step` (counted from 1) at its lr scale."""
-        if not self.shadows and not self.swa_sums:
+    def update(self, step: int, lr_scale: float, progress: float) -> None:
+        """Fold in the weights after step `step` (from 1), run at this lr scale and progress."""
+        swa = self.spec.swa
+        moves_shadows = bool(self.shadows) and step % self.spec.ema_every == 0
+        takes_snapshot = (
+            swa is not None and step % swa.every == 0 and has_begun(swa.start, lr_scale, progress)
+        )
+        if not moves_shadows and not takes_snapshot:
             return
         weights = [source.float() for source in self.sources]
-        for decay, shadow in self.shadows.items():
-            torch._foreach_lerp_(shadow, weights, 1.0 - decay)
-        swa = self.spec.swa
-        if swa is not None and lr_scale < swa.start_scale and step % swa.every == 0:
+        if moves_shadows:
+            for decay, shadow in self.shadows.items():
+                torch._foreach_lerp_(shadow, weights, 1.0 - decay**self.spec.ema_every)
+        if takes_snapshot:
             torch._foreach_add_(self.swa_sums, weights)
             self.swa_count += 1
 

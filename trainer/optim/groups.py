@@ -4,26 +4,26 @@ import torch
 from torch import nn
 
 from trainer.errors import UsageError
-from trainer.model.roles import roles_of
+from trainer.model.roles import ROLES, roles_of
 from trainer.optim.muon import Muon, momentum_at
 from trainer.specs import train as specs
 
 
 class Optimizers:
-    """Muon over the matrices, one AdamW over the embedding, one over the scalars."""
+    """Muon over the matrices; over the tables, the scalars and an untied head one AdamW each."""
 
     def __init__(self, model: nn.Module, spec: specs.Optimizer) -> None:
         self.spec = spec
         self.parameters = dict(model.named_parameters())
         roles = roles_of(model)
         members = {
-            role: [self.parameters[name] for name in roles if roles[name] == role]
-            for role in ("matrix", "embed", "scalar")
+            role: [self.parameters[name] for name in roles if roles[name] == role] for role in ROLES
         }
         self.by_role: dict[str, torch.optim.Optimizer] = {}
         if members["matrix"]:
             self.by_role["matrix"] = Muon(members["matrix"], spec.matrix)
-        for role, adamw in (("embed", spec.embed), ("scalar", spec.scalar)):
+        adamws = {"embed": spec.embed, "scalar": spec.scalar, "head": spec.head}
+        for role, adamw in adamws.items():
             if members[role]:
                 self.by_role[role] = _adamw(members[role], adamw)
         self._check_each_once()

@@ -1,7 +1,7 @@
 """Muon: momentum, orthogonalised. The pure update first, then the optimizer around it.
 
 Source: Jordan et al., Muon (2024); coefficients and momentum warm-up as in the parameter-golf
-baseline (techniques 2.17).
+baseline (techniques 2.17); Polar Express: arXiv 2505.16932, its numbers as in techniques 4.3.
 """
 
 import torch
@@ -10,20 +10,35 @@ from torch import Tensor
 
 from trainer.specs import train as specs
 
-NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+Triple = tuple[float, float, float]
+
+QUINTIC: Triple = (3.4445, -4.7750, 2.0315)
+POLAR_EXPRESS: tuple[Triple, ...] = (
+    (8.156555, -22.483293, 15.878770),
+    (4.042930, -2.808917, 0.500018),
+    (3.891668, -2.772484, 0.506065),
+    (3.285754, -2.368129, 0.464490),
+    (2.346541, -1.709783, 0.423236),
+)
 
 
-def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def triples(spec: specs.Muon) -> tuple[Triple, ...]:
+    """Return the coefficients (a, b, c) of every Newton–Schulz step in turn."""
+    if spec.coefficients == "quintic":
+        return (QUINTIC,) * spec.ns_steps
+    return POLAR_EXPRESS[: spec.ns_steps]
+
+
+def newton_schulz(matrices: Tensor, steps: tuple[Triple, ...], dtype: torch.dtype) -> Tensor:
     """Push the singular values of each matrix in a stack [N, rows, cols] towards 1."""
-    a, b, c = NS_COEFFICIENTS
     x = matrices.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for a, b, c in steps:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        x = a * x + (b * gram + (c * gram) @ gram) @ x
     return x.mT if tall else x
 
 
@@ -44,6 +59,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params: list[torch.nn.Parameter], spec: specs.Muon) -> None:
         super().__init__(params, {"lr": spec.lr, "momentum": momentum_at(spec, 0)})
         self.spec = spec
+        self.ns_steps = triples(spec)
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -75,14 +91,19 @@ class Muon(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
     def _orthogonalise(self, stack: Tensor) -> Tensor:
-        # Half precision is only faster where the device multiplies it.
-        dtype = torch.bfloat16 if stack.is_cuda else torch.float32
+        dtype = self._ns_dtype(stack)
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return newton_schulz(stack, self.spec.ns_steps, dtype).to(stack.dtype)
+            return newton_schulz(stack, self.ns_steps, dtype).to(stack.dtype)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         mine = slice(len(stack) * rank // world_size, len(stack) * (rank + 1) // world_size)
         update = torch.zeros_like(stack)
         if mine.start < mine.stop:
-            update[mine] = newton_schulz(stack[mine], self.spec.ns_steps, dtype).to(stack.dtype)
+            update[mine] = newton_schulz(stack[mine], self.ns_steps, dtype).to(stack.dtype)
         dist.all_reduce(update)
         return update
+
+    def _ns_dtype(self, stack: Tensor) -> torch.dtype:
+        if self.spec.ns_dtype is not None:
+            return torch.bfloat16 if self.spec.ns_dtype == "bfloat16" else torch.float32
+        # Half precision is only faster where the device multiplies it.
+        return torch.bfloat16 if stack.is_cuda else torch.float32

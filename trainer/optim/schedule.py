@@ -1,6 +1,17 @@
-"""The learning-rate schedule. Pure."""
+"""The learning-rate schedule, and when what acts late begins. Pure."""
 
-from trainer.specs.train import TrainSpec
+from trainer.specs.train import Late, TrainSpec
+
+
+def progress(spec: TrainSpec, step: int, elapsed_s: float) -> float:
+    """Return the share of the run that is done before step `step` (from 0), at most 1.
+
+    Of the iterations or, by wall clock, of the clock.
+    """
+    if spec.schedule.basis == "steps":
+        return min(step / spec.iterations, 1.0)
+    assert spec.max_clock_s is not None  # checked by the spec
+    return min(elapsed_s / spec.max_clock_s, 1.0)
 
 
 def lr_scale(spec: TrainSpec, step: int, elapsed_s: float) -> float:
@@ -8,16 +19,27 @@ def lr_scale(spec: TrainSpec, step: int, elapsed_s: float) -> float:
 
     Source: techniques 2.18. By steps it falls linearly over the last `warmdown_iters` of
     `iterations`; by wall clock it does so over the last `warmdown_iters · pace` seconds of
-    `max_clock_s`, where pace is the mean seconds a step has taken so far.
+    `max_clock_s`, where pace is the mean seconds a step has taken so far. With a
+    `warmdown_fraction` it falls over that share of the run instead.
     """
-    warmdown = spec.schedule.warmdown_iters
-    if warmdown == 0:
+    schedule = spec.schedule
+    if schedule.warmdown_fraction is not None:
+        scale = (1.0 - progress(spec, step, elapsed_s)) / schedule.warmdown_fraction
+    elif schedule.warmdown_iters == 0:
         return 1.0
-    if spec.schedule.basis == "steps":
-        scale = (spec.iterations - step) / warmdown
+    elif schedule.basis == "steps":
+        scale = (spec.iterations - step) / schedule.warmdown_iters
     else:
         assert spec.max_clock_s is not None  # checked by the spec
-        warmdown_s = warmdown * elapsed_s / max(step, 1)
+        warmdown_s = schedule.warmdown_iters * elapsed_s / max(step, 1)
         left_s = max(spec.max_clock_s - elapsed_s, 0.0)
         scale = left_s / warmdown_s if warmdown_s > 0 else 1.0
-    return max(min(scale, 1.0), spec.schedule.min_lr_scale)
+    return max(min(scale, 1.0), schedule.min_lr_scale)
+
+
+def has_begun(late: Late, scale: float, share_done: float) -> bool:
+    """Whether it is time for `late`, at this lr scale and this progress of the run."""
+    if late.lr_scale is not None:
+        return scale < late.lr_scale
+    assert late.progress is not None  # checked by the spec
+    return share_done >= late.progress

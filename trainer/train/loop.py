@@ -7,20 +7,17 @@ the end. The caller writes result.json, which is what makes the training count a
 
 import math
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from trainer.data.bytecount import ByteTable
-from trainer.data.loader import Loader
 from trainer.data.shards import Dataset
-from trainer.errors import TrainingError, UsageError
+from trainer.errors import TrainingError
 from trainer.evaluate.bpb import bits_per_byte
 from trainer.evaluate.sliding import score_stream
 from trainer.model.build import load_state
-from trainer.optim.schedule import lr_scale
+from trainer.optim.schedule import lr_scale, progress
 from trainer.results import TrainResult
 from trainer.runtime.clock import Clock
 from trainer.runtime.distributed import Ranks
@@ -29,6 +26,8 @@ from trainer.specs.evaluate import EvaluateSpec
 from trainer.specs.task import TrainTask
 from trainer.specs.train import ema_entry
 from trainer.train.journal import Journal
+from trainer.train.late_qat import LateQat
+from trainer.train.runner import StepRunner
 from trainer.train.state import TrainState
 
 # How far a fresh process may land from the trainer's own score (design 9).
@@ -53,6 +52,7 @@ def train(task: TrainTask, dataset: Dataset, folder: Path, ranks: Ranks) -> Trai
     journal = ranks.together(lambda: Journal(folder / "metrics.jsonl", writes=ranks.is_first))
     judge = Validator(task, dataset, ranks)
     runner = StepRunner(task, dataset, state, ranks)
+    late_qat = LateQat(spec.qat, state, runner, journal)
     with clock.phase("validate"):
         if not resumed:
             state.untrained_val_bpb = judge.score(state.model)
@@ -65,9 +65,11 @@ def train(task: TrainTask, dataset: Dataset, folder: Path, ranks: Ranks) -> Trai
     with clock.phase("train"):
         while not done:
             scale = lr_scale(spec, state.step, runner.elapsed_s)
+            share_done = progress(spec, state.step, runner.elapsed_s)
+            late_qat.turn_on_if_due(scale, share_done)
             loss_tensor = runner.step(state.step, scale)
             state.step += 1
-            state.averages.update(state.step, scale)
+            state.averages.update(state.step, scale, share_done)
             done = state.step >= spec.iterations or runner.is_out_of_time()
             if done or state.step % observe.log_every == 0:
                 loss = _finite("loss", runner.gang_mean(loss_tensor), state.step)
@@ -104,6 +106,7 @@ def train(task: TrainTask, dataset: Dataset, folder: Path, ranks: Ranks) -> Trai
         parity_entry=parity_entry,
         parity_bpb=parity_bpb,
         parity_tolerance=PARITY_TOLERANCE_CPU if on_cpu else PARITY_TOLERANCE_DEVICE,
+        qat_start_step=None if state.fake_quants is None else state.fake_quants.start_step,
     )
 
 
@@ -136,87 +139,6 @@ def _on_cpu(entry: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def discard_checkpoints(folder: Path) -> None:
     """Remove a finished training's checkpoints: its bank is what is kept."""
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-
-
-class StepRunner:
-    """One optimizer step over the global batch: micro-batches, one reduction, one update."""
-
-    def __init__(self, task: TrainTask, dataset: Dataset, state: TrainState, ranks: Ranks) -> None:
-        self.spec = task.train
-        self.state = state
-        self.ranks = ranks
-        # The slowest rank's clock, agreed on after each step: a wall-clock schedule must give
-        # every rank the same learning rate.
-        self.elapsed_s = ranks.max(state.clock.elapsed_s("train"))
-        self.loader = Loader(
-            dataset.stream("train"),
-            seq_len=self.spec.seq_len,
-            batch_tokens=self.spec.batch_tokens,
-            order=self.spec.order,
-            seed=self.spec.seed,
-        )
-        # Reading a share also refuses workers that do not divide the batch.
-        local = len(self.loader.rows(state.step, ranks.rank, ranks.world_size))
-        micro = (self.spec.micro_batch_tokens or local * self.spec.seq_len) // self.spec.seq_len
-        if local % micro:
-            raise UsageError(
-                f"train.micro_batch_tokens={micro * self.spec.seq_len} does not divide a worker's "
-                f"share of the batch, {local * self.spec.seq_len} tokens on {ranks.world_size}"
-            )
-        self.rows_per_micro = micro
-        model = torch.compile(state.model, fullgraph=True) if self.spec.compile else state.model
-        self.forward = (
-            DistributedDataParallel(model, broadcast_buffers=False)
-            if ranks.world_size > 1
-            else model
-        )
-
-    def step(self, step: int, scale: float) -> torch.Tensor:
-        """Run step `step`; return this rank's mean loss in nats as a 0-dim tensor."""
-        rows = torch.from_numpy(self.loader.rows(step, self.ranks.rank, self.ranks.world_size))
-        micros = rows.to(self.ranks.device).split(self.rows_per_micro)
-        total = torch.zeros((), device=self.ranks.device)
-        for i, micro in enumerate(micros):
-            is_last = i == len(micros) - 1
-            with nullcontext() if is_last or self.ranks.world_size == 1 else self.forward.no_sync():  # type: ignore[operator]
-                loss = self.forward(micro[:, :-1], micro[:, 1:]).mean() / len(micros)
-                loss.backward()
-            total += loss.detach()
-        self.state.optimizers.step(step, scale)
-        return total
-
-    def warm_up(self) -> None:
-        """Run real steps and roll them back, so that nothing is built on the clock."""
-        if not self.spec.warmup_steps:
-            return
-        before = self.state.snapshot()
-        for step in range(self.spec.warmup_steps):
-            self.step(step, 1.0)
-            self.state.averages.update(step + 1, 1.0)
-        self.state.restore(before)
-
-    def is_out_of_time(self) -> bool:
-        """Whether any rank's clock has reached the cap: all ranks stop after the same step."""
-        cap_s = self.spec.max_clock_s
-        if cap_s is None:
-            return False
-        self.elapsed_s = self.ranks.max(self.state.clock.elapsed_s("train"))
-        return self.elapsed_s >= cap_s
-
-    def gang_mean(self, loss: torch.Tensor) -> float:
-        """Average a rank's loss over the gang."""
-        return float(self.ranks.sum(loss.clone())) / self.ranks.world_size
-
-    def metrics(self, loss: float, scale: float) -> dict[str, float]:
-        """What one line of the journal says of a step."""
-        clock_s = self.state.clock.elapsed_s("train")
-        tokens = self.state.step * self.spec.batch_tokens
-        return {
-            "train/loss": loss,
-            "train/lr_scale": scale,
-            "train/clock_s": round(clock_s, 3),
-            "train/tokens_per_s": round(tokens / max(clock_s, 1e-9), 1),
-        }
 
 
 class Validator:

@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer.errors import DataError
 from trainer.model.build import build
+from trainer.model.fake_quant import FakeQuants
 from trainer.optim.averages import AverageBank
 from trainer.optim.groups import Optimizers
 from trainer.runtime.clock import Clock
@@ -21,11 +22,14 @@ NUM_CHECKPOINTS_KEPT = 2  # the older one covers for a newer that is found damag
 
 
 class TrainState:
-    """Weights, optimizer state, averages, step and clock. The loader needs only the step."""
+    """Weights, optimizer state, averages, QAT switch, step and clock. The loader needs only the
+    step.
+    """
 
     def __init__(self, task: TrainTask, ranks: Ranks, clock: Clock) -> None:
         spec = task.train
         self.model = build(task.model, seed=spec.seed, dtype=spec.dtype).to(ranks.device)
+        self.fake_quants = None if spec.qat is None else FakeQuants(self.model, spec.qat)
         self.optimizers = Optimizers(self.model, spec.optimizer)
         self.averages = AverageBank(self.model, spec.averages)
         self.clock = clock
@@ -33,7 +37,7 @@ class TrainState:
         self.untrained_val_bpb = math.nan
 
     def snapshot(self) -> dict[str, Any]:
-        """Return a deep copy of the weights, optimizer state and averages."""
+        """Return a deep copy of everything but the step and the clock."""
         return copy.deepcopy(self._tensors())
 
     def restore(self, tensors: dict[str, Any]) -> None:
@@ -41,6 +45,8 @@ class TrainState:
         self.model.load_state_dict(tensors["model"])
         self.optimizers.load_state_dict(tensors["optimizers"])
         self.averages.load_state_dict(tensors["averages"])
+        if self.fake_quants is not None:
+            self.fake_quants.load_state_dict(tensors["fake_quants"])
 
     def save(self, folder: Path) -> None:
         """Write `folder/<step>` and drop all but the newest checkpoints."""
@@ -69,11 +75,14 @@ class TrainState:
         return False
 
     def _tensors(self) -> dict[str, Any]:
-        return {
+        tensors: dict[str, Any] = {
             "model": self.model.state_dict(),
             "optimizers": self.optimizers.state_dict(),
             "averages": self.averages.state_dict(),
         }
+        if self.fake_quants is not None:
+            tensors["fake_quants"] = self.fake_quants.state_dict()
+        return tensors
 
 
 def _checkpoints(folder: Path) -> list[Path]:
