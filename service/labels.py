@@ -12,15 +12,30 @@ from typing import Any
 _GENERIC = frozenset(
     {
         *("base", "beta1", "beta2", "cap", "dim", "dims", "eps", "every", "init", "kind", "level"),
-        *("lr", "momentum", "mult", "name", "ratio", "slope", "start_scale", "weight_decay"),
+        *(
+            "lr",
+            "lr_scale",
+            "momentum",
+            "mult",
+            "name",
+            "progress",
+            "ratio",
+            "slope",
+            "weight_decay",
+        ),
+        *("attention", "embed", "hash", "mlp", "other", "scalar"),
     }
 )
 _ABBREVIATIONS = {
     "warmdown_iters": "wd",
     "ema_decay": "ema",
     "prune.ratio": "prune",
-    "matrix_bits": "q",
-    "embed_bits": "eq",
+    "bits.mlp": "mq",
+    "bits.attention": "aq",
+    "bits.hash": "hq",
+    "bits.embed": "eq",
+    "bits.other": "oq",
+    "bits.scalar": "sq",
     "num_layers": "L",
     "model.dim": "d",
     "mlp.mult": "mlp",

@@ -122,7 +122,7 @@ def test_another_final_of_the_same_training_trains_nothing(again, call):
     kept = again / "run/out/training/result.json"
     before = kept.stat().st_mtime_ns
 
-    status, out, _ = call("-S", "final.average=swa", "-S", "final.quantize.matrix_bits=4")
+    status, out, _ = call("-S", "final.average=swa", "-S", "final.quantize.bits.mlp=4")
 
     assert (status, json.loads(out)["entry"]) == (0, "swa")
     assert kept.stat().st_mtime_ns == before

@@ -33,6 +33,16 @@ def test_weights_beyond_the_clip_go_to_its_end():
     assert q.tolist() == [[-7, 7]]
 
 
+def test_an_asymmetric_grid_has_one_integer_more_below():
+    scale = torch.tensor([0.1]).half()
+
+    q = quantize_rows(torch.tensor([[-9.0, 9.0]]), scale, bits=8, symmetric=False)
+
+    assert q.tolist() == [[-90, 90]]
+    far = quantize_rows(torch.tensor([[-99.0, 99.0]]), scale, bits=8, symmetric=False)
+    assert far.tolist() == [[-128, 127]]
+
+
 def test_halves_round_to_even():
     q = quantize_rows(torch.tensor([[0.5, 1.5, 2.5, -0.5]]), torch.ones(1).half(), bits=6)
 

@@ -34,6 +34,7 @@ HEADER_LENGTH: Final = struct.Struct("<I")
 MAX_CONTENT_BYTES: Final = 2**30
 MAX_HEADER_BYTES: Final = 2**20
 MAX_WIDTH: Final = 2**24  # of any one dimension; keeps a claimed spec's arithmetic small
+MAX_VISITS: Final = 2**16  # of layers that are run several times
 INTEGER_BITS: Final = range(2, 9)
 FLOATS: Final = {16: (np.dtype("<f2"), torch.float16), 32: (np.dtype("<f4"), torch.float32)}
 
@@ -204,8 +205,13 @@ def _parse_model(claims: Any, num_tensors: int, where: str) -> ModelSpec:
         raise DataError(f"{where}: {reason}; {_FIX}") from error
     # Before the spec is resolved: a billion claimed layers would take as many plans.
     widths = (model.vocab_size, model.dim, model.mlp.mult, model.attention.num_heads)
-    if max(widths) > MAX_WIDTH or model.num_layers > num_tensors:
+    again = model.recurrence
+    visits = 0 if again is None else again.passes * (again.last - again.first + 1)
+    is_large = max(widths) > MAX_WIDTH or model.num_layers > num_tensors or visits > MAX_VISITS
+    if is_large:
         raise DataError(f"{where}: the model is larger than its tensors; {_FIX}")
+    if model != model.exported():
+        raise DataError(f"{where}: the model has parts that only training uses; {_FIX}")
     return model
 
 
@@ -246,7 +252,7 @@ def _unpack(payload: memoryview, table: Sequence[Row], where: str) -> dict[str, 
     for row in _integer_rows(table):
         rows, cols = row.shape
         columns = np.frombuffer(payload[: rows * cols], np.int8).reshape(cols, rows)
-        if columns.max() > levels(row.bits) or columns.min() < -levels(row.bits):
+        if columns.max() > levels(row.bits) or columns.min() < -levels(row.bits) - 1:
             raise DataError(f"{where}: tensor {row.name!r} leaves its {row.bits}-bit grid; {_FIX}")
         integers[row.name] = torch.from_numpy(np.array(columns.T, order="C"))
         payload = payload[rows * cols :]

@@ -1,8 +1,9 @@
 """The code that is counted: the trainer package as one runnable zip.
 
 Sources go in as they are: `ast.unparse` differs between Python versions, and a stripped file
-would no longer be the one that was tested. What only makes data is no part of training or of
-scoring, so it is not shipped. `python code.pyz …` needs the third-party packages only.
+would no longer be the one that was tested. What only makes data, or brings in what others
+made, is no part of training or of scoring, so it is not shipped. `python code.pyz …` needs the
+third-party packages only.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ NOT_SHIPPED: Final = frozenset(
         "embedded", "fetch.py", "download.py", "prepare.py", "documents.py", "partition.py",
         "overlap.py", "staging.py",
     )
-)  # fmt: skip
+) | {"trainer/importer", "trainer/liveness"}  # fmt: skip
 EPOCH: Final = (1980, 1, 1, 0, 0, 0)  # the earliest date that a zip can hold
 MAIN: Final = b"""\
 from trainer.__main__ import main

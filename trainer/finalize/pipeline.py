@@ -6,7 +6,7 @@ caller's, scoring `trainer.evaluate`'s.
 
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,7 +21,7 @@ from trainer.finalize.code import write_code
 from trainer.finalize.prune import num_pruned, prune
 from trainer.finalize.quantize import TensorRecord, quantize_tensors
 from trainer.runtime.files import sha256_file
-from trainer.sizes import tensor_sizes
+from trainer.sizes import TensorSize, is_pruned, tensor_sizes
 from trainer.specs.final import FinalSpec
 from trainer.specs.model import ModelSpec
 
@@ -44,20 +44,24 @@ class FinalReport:
 
 def finalize(
     state: Mapping[str, Tensor],
-    roles: Mapping[str, str],
     model: ModelSpec,
     final: FinalSpec,
     folder: Path,
     tokenizer_sha256: str,
 ) -> FinalReport:
-    """Prune, quantize and write a state as `weights.fw` and `code.pyz`; report from the files."""
+    """Prune, quantize and write a state as `weights.fw` and `code.pyz`; report from the files.
+
+    `model` is the trained one; the artifact holds what it exports.
+    """
     started = time.perf_counter()
-    pruned, total_pruned = _prune_matrices(_checked(state, model), roles, final)
+    exported = model.exported()
+    tensors = tensor_sizes(blueprint(exported))
+    pruned, total_pruned = _prune_large(_checked(state, model), tensors, final)
     after_prune = time.perf_counter()
-    stored, records = quantize_tensors(pruned, roles, final.quantize)
+    stored, records = quantize_tensors(pruned, tensors, final.quantize)
     after_quantize = time.perf_counter()
     weights, code = folder / WEIGHTS_FILE, folder / CODE_FILE
-    write_weights(weights, model, stored, final.compress, tokenizer_sha256)
+    write_weights(weights, exported, stored, final.compress, tokenizer_sha256)
     write_code(code)
     after_write = time.perf_counter()
     return FinalReport(
@@ -91,25 +95,24 @@ def artifact_bytes(folder: Path) -> int:
 
 
 def _checked(state: Mapping[str, Tensor], model: ModelSpec) -> dict[str, Tensor]:
-    """Return the state in the model's order as float32 on the CPU, every entry finite."""
+    """Return what the model exports as float32 on the CPU, every entry of the state finite."""
     check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, model, "state")
     for name, tensor in state.items():
         if not bool(torch.isfinite(tensor).all()):
             raise DataError(f"{name}: holds NaN or infinity; finalize another entry or train again")
-    names = [size.name for size in tensor_sizes(blueprint(model))]
+    names = [size.name for size in tensor_sizes(blueprint(model.exported()))]
     return {name: state[name].detach().to("cpu", torch.float32) for name in names}
 
 
-def _prune_matrices(
-    state: Mapping[str, Tensor], roles: Mapping[str, str], final: FinalSpec
+def _prune_large(
+    state: Mapping[str, Tensor], tensors: Sequence[TensorSize], final: FinalSpec
 ) -> tuple[dict[str, Tensor], int]:
-    """Zero the smallest of each matrix that will be quantized; return the state and the count."""
-    if final.prune is None:
-        return dict(state), 0
+    """Zero the smallest entries where the spec says so; return the state and the count."""
     pruned, total = dict(state), 0
-    for name, tensor in state.items():
-        is_large = tensor.ndim == 2 and tensor.numel() > final.quantize.float_numel
-        if roles.get(name) == "matrix" and is_large:
-            pruned[name] = prune(tensor, final.prune.ratio)
-            total += num_pruned(tensor.numel(), final.prune.ratio)
+    if final.prune is None:
+        return pruned, total
+    for tensor in tensors:
+        if is_pruned(tensor, final.prune):
+            pruned[tensor.name] = prune(state[tensor.name], final.prune.ratio)
+            total += num_pruned(tensor.numel, final.prune.ratio)
     return pruned, total

@@ -7,7 +7,7 @@ import torch
 from trainer.blueprint import blueprint
 from trainer.finalize.artifact import write_weights
 from trainer.finalize.quantize import Stored, quantize_tensors
-from trainer.sizes import tensor_sizes
+from trainer.sizes import TensorSize, tensor_sizes
 from trainer.specs.final import Quantize, Zstd
 from trainer.specs.model import (
     Attention,
@@ -28,13 +28,13 @@ class Small:
 
     spec: ModelSpec
     state: dict[str, torch.Tensor]
-    roles: dict[str, str]
+    tensors: tuple[TensorSize, ...]
     quantize: Quantize
     tokenizer_sha256: str = TOKENIZER
 
     @property
     def stored(self) -> dict[str, Stored]:
-        return quantize_tensors(self.state, self.roles, self.quantize)[0]
+        return quantize_tensors(self.state, self.tensors, self.quantize)[0]
 
     def write(self, path: Path) -> Path:
         write_weights(path, self.spec, self.stored, Zstd(level=3), self.tokenizer_sha256)
@@ -58,6 +58,6 @@ def small() -> Small:
     return Small(
         spec=spec,
         state={size.name: torch.randn(size.shape, generator=generator) for size in sizes},
-        roles={size.name: size.role for size in sizes},
+        tensors=sizes,
         quantize=Quantize(float_numel=32),
     )

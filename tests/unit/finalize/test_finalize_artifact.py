@@ -6,6 +6,7 @@ from random import Random
 import pytest
 import torch
 
+from trainer.blueprint import blueprint
 from trainer.errors import DataError
 from trainer.finalize.artifact import (
     HEADER_LENGTH,
@@ -18,7 +19,8 @@ from trainer.finalize.artifact import (
 )
 from trainer.finalize.compress import compress, decompress
 from trainer.finalize.quantize import Floats, Quantized, quantize_tensors, restore
-from trainer.specs.final import Quantize, Zstd
+from trainer.sizes import tensor_sizes
+from trainer.specs.final import Bits, Quantize, Zstd
 from trainer.specs.model import ModelSpec
 
 
@@ -56,12 +58,13 @@ def equal(left, right):
     "quantize",
     [
         Quantize(float_numel=32),
-        Quantize(float_numel=0, matrix_bits=2, embed_bits=3, clip="p9"),
+        Quantize(float_numel=0, bits=Bits(mlp=2, attention=2, embed=3), clip="p9"),
         Quantize(float_numel=10_000),
+        Quantize(float_numel=0, bits=Bits(mlp=8, embed=16, scalar=16), symmetric=False),
     ],
 )
 def test_round_trip_is_exact(small, tmp_path, quantize):
-    stored, _ = quantize_tensors(small.state, small.roles, quantize)
+    stored, _ = quantize_tensors(small.state, small.tensors, quantize)
     path = tmp_path / "weights.fw"
 
     num_bytes = write_weights(path, small.spec, stored, Zstd(level=3), "ab" * 32)
@@ -75,12 +78,9 @@ def test_round_trip_is_exact(small, tmp_path, quantize):
 
 def test_model_without_scalars_round_trips(tmp_path):
     spec = ModelSpec(vocab_size=4, num_layers=1, dim=16)
-    shapes = {"embedding.weight": (4, 16)}
-    shapes |= {f"blocks.0.attention.{n}.weight": (16, 16) for n in ("query", "out")}
-    shapes |= {f"blocks.0.attention.{n}.weight": (8, 16) for n in ("key", "value")}
-    shapes |= {"blocks.0.mlp.up.weight": (32, 16), "blocks.0.mlp.down.weight": (16, 32)}
-    state = {name: torch.ones(shape) for name, shape in shapes.items()}
-    stored, _ = quantize_tensors(state, dict.fromkeys(state, "matrix"), Quantize(float_numel=0))
+    sizes = tensor_sizes(blueprint(spec))
+    state = {size.name: torch.ones(size.shape) for size in sizes}
+    stored, _ = quantize_tensors(state, sizes, Quantize(float_numel=0))
 
     write_weights(tmp_path / "w.fw", spec, stored, Zstd(level=1), "00" * 32)
     model, tensors, _ = read_weights(tmp_path / "w.fw")
@@ -125,9 +125,9 @@ def test_header_says_how_each_tensor_is_stored(small, tmp_path):
 
 def test_writer_refuses_a_missing_tensor(small, tmp_path):
     stored = small.stored
-    del stored["skip_scale"]
+    del stored["skips.scale"]
 
-    with pytest.raises(DataError, match="'skip_scale' is missing"):
+    with pytest.raises(DataError, match=r"'skips\.scale' is missing"):
         write_weights(tmp_path / "w.fw", small.spec, stored, Zstd(level=1), "ab" * 32)
 
     assert not (tmp_path / "w.fw").exists()
@@ -249,6 +249,11 @@ HEADER_FAULTS = {
     "absurd width": (with_model(dim=10**400), "f.fw: "),
     "vocabulary": (with_model(vocab_size=10**12), "larger than its tensors"),
     "mlp": (with_model(mlp={"mult": 10**300}), "larger than its tensors"),
+    "visits": (
+        with_model(recurrence={"first": 0, "last": 2, "passes": 10**9}),
+        "larger than its tensors",
+    ),
+    "training's own": (with_model(mtp={"num_heads": 10**9}), "only training uses"),
     "spec": (with_model(num_layers="three"), "num_layers"),
     "unknown part": (with_model(surprise={}), "unknown key"),
     "no spec": (lambda c: c.update(model=[]), "model"),
@@ -298,14 +303,28 @@ def test_header_length_beyond_the_content_is_refused(tmp_path):
     assert "not plausible" in refusal(tmp_path / "f.fw")
 
 
-def test_integer_off_its_grid_is_refused_by_name(small, tmp_path):
+@pytest.mark.parametrize("integer", [32, -33])
+def test_integer_off_its_grid_is_refused_by_name(small, tmp_path, integer):
     stored = small.stored
     name = "blocks.1.mlp.up.weight"
-    stored[name] = Quantized(stored[name].q.clone().fill_(32), stored[name].scale, 6)
+    stored[name] = Quantized(stored[name].q.clone().fill_(integer), stored[name].scale, 6)
 
     write_weights(tmp_path / "w.fw", small.spec, stored, Zstd(level=1), "ab" * 32)
 
     assert f"{name!r} leaves its 6-bit grid" in refusal(tmp_path / "w.fw")
+
+
+@pytest.mark.parametrize("bits", [6, 8])
+def test_the_extra_integer_of_an_asymmetric_grid_is_read(small, tmp_path, bits):
+    stored = small.stored
+    name = "blocks.1.mlp.up.weight"
+    lowest = stored[name].q.clone().fill_(-(2 ** (bits - 1)))
+    stored[name] = Quantized(lowest, stored[name].scale, bits)
+
+    write_weights(tmp_path / "w.fw", small.spec, stored, Zstd(level=1), "ab" * 32)
+
+    _, tensors, _ = read_weights(tmp_path / "w.fw")
+    assert torch.equal(tensors[name], restore(stored[name]))
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
@@ -321,11 +340,11 @@ def test_scale_that_is_not_positive_is_refused_by_name(small, tmp_path, scale):
 
 def test_float_that_is_not_finite_is_refused_by_name(small, tmp_path):
     stored = small.stored
-    stored["skip_scale"] = Floats(torch.full((1, 8), float("inf")))
+    stored["skips.scale"] = Floats(torch.full((1, 8), float("inf")))
 
     write_weights(tmp_path / "w.fw", small.spec, stored, Zstd(level=1), "ab" * 32)
 
-    assert "'skip_scale' is not finite" in refusal(tmp_path / "w.fw")
+    assert "'skips.scale' is not finite" in refusal(tmp_path / "w.fw")
 
 
 def test_bomb_behind_a_true_header_costs_no_memory(small, tmp_path):

@@ -132,3 +132,41 @@ def test_missing_library_is_an_error_that_names_it():
 
     assert done.returncode != 0
     assert "UsageError: compress: the zstandard package is missing" in done.stderr
+
+
+def apart(distance):
+    """Return the same noise twice, `distance` bytes from start to start."""
+    random = Random(0)
+    noise = random.randbytes(1 << 14)
+    return noise + random.randbytes(distance - len(noise)) + noise
+
+
+def test_long_distance_finds_what_came_far_before():
+    data = apart(1 << 20)
+
+    near = compress(data, Zstd(level=21))
+    far = compress(data, Zstd(level=21, long_distance=True, window_log=25))
+
+    assert len(near) > len(data)
+    assert len(far) < len(data) - (1 << 14) * 0.95
+    assert decompress(far, len(data), "x") == data
+
+
+def test_the_window_bounds_how_far_long_distance_looks():
+    data = apart(1 << 20)
+
+    frame = compress(data, Zstd(level=21, long_distance=True, window_log=19))
+
+    assert zstandard.get_frame_parameters(frame).window_size == 1 << 19
+    assert len(frame) > len(data)
+
+
+def test_the_widest_window_of_the_spec_is_read():
+    # Incompressible, and more than the window, so that the frame asks for all of it.
+    data = Random(0).randbytes(1 << 20) * 129
+
+    frame = compress(data, Zstd(level=1, long_distance=True, window_log=27))
+
+    assert zstandard.get_frame_parameters(frame).window_size == 1 << 27
+    assert decompress(frame, len(data), "x") == data
+    assert peek(frame, 9, "x") == data[:9]

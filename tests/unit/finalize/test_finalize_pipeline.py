@@ -10,6 +10,7 @@ from trainer.finalize.pipeline import artifact_bytes, finalize
 from trainer.finalize.quantize import quantize_tensors, restore
 from trainer.runtime.files import sha256_file
 from trainer.specs.final import FinalSpec, Prune, Zstd
+from trainer.specs.model import Mtp
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def finish(small, tmp_path):
         spec = replace(FinalSpec(quantize=small.quantize, compress=Zstd(level=3)), **changes)
         chosen = small.state if state is None else state
         path = tmp_path / folder
-        return path, finalize(chosen, small.roles, small.spec, spec, path, small.tokenizer_sha256)
+        return path, finalize(chosen, small.spec, spec, path, small.tokenizer_sha256)
 
     return run
 
@@ -40,7 +41,7 @@ def test_written_weights_are_the_quantized_state(finish, small):
 
     _, tensors, _ = read_weights(folder / "weights.fw")
 
-    stored, records = quantize_tensors(small.state, small.roles, small.quantize)
+    stored, records = quantize_tensors(small.state, small.tensors, small.quantize)
     assert all(torch.equal(tensors[name], restore(stored[name])) for name in stored)
     assert report.tensors == records
 
@@ -54,19 +55,54 @@ def test_same_state_gives_the_same_folder(finish):
 
 
 def test_pruning_zeroes_large_matrices_and_nothing_else(finish, small):
-    folder, report = finish(prune=Prune(ratio=0.5))
+    folder, report = finish(prune=Prune(ratio=0.5, larger_than=32))
 
     _, tensors, _ = read_weights(folder / "weights.fw")
 
     large = {
-        name: tensor.numel()
-        for name, tensor in small.state.items()
-        if small.roles[name] == "matrix" and tensor.numel() > 32
+        tensor.name: tensor.numel
+        for tensor in small.tensors
+        if tensor.role == "matrix" and tensor.numel > 32
     }
     assert report.num_pruned == sum(math.floor(numel / 2) for numel in large.values())
     zeros = {name: int((tensors[name] == 0).sum()) for name in tensors}
     assert all(zeros[name] >= large[name] // 2 for name in large)
     assert all(zeros[name] < tensors[name].numel() / 2 for name in zeros.keys() - large.keys())
+
+
+def test_pruning_looks_at_the_size_and_not_at_how_a_tensor_is_stored(finish, small):
+    whole = replace(small.quantize, float_numel=10_000)
+    folder, report = finish(quantize=whole, prune=Prune(ratio=0.5, larger_than=0))
+
+    _, tensors, _ = read_weights(folder / "weights.fw")
+
+    matrices = [tensor for tensor in small.tensors if tensor.role == "matrix"]
+    assert report.num_pruned == sum(tensor.numel // 2 for tensor in matrices)
+    assert all(int((tensors[m.name] == 0).sum()) == m.numel // 2 for m in matrices)
+
+
+def test_tables_are_pruned_where_the_spec_says_so(finish):
+    table = "embedding.weight"
+    kept, _ = finish(folder="kept", prune=Prune(ratio=0.5, larger_than=32))
+    pruned, _ = finish(folder="pruned", prune=Prune(ratio=0.5, larger_than=32, tables=True))
+
+    zeros = [
+        int((read_weights(folder / "weights.fw")[1][table] == 0).sum()) for folder in (kept, pruned)
+    ]
+
+    assert zeros[0] < 12 * 8 // 2 <= zeros[1]
+
+
+def test_what_only_training_uses_is_left_out(small, tmp_path):
+    trained = replace(small.spec, mtp=Mtp(num_heads=2))
+    state = small.state | {f"mtp.heads.{k}.weight": torch.ones(12, 8) for k in range(2)}
+    final = FinalSpec(quantize=small.quantize, compress=Zstd(level=3))
+
+    with_heads = finalize(state, trained, final, tmp_path / "with", small.tokenizer_sha256)
+    without = finalize(small.state, small.spec, final, tmp_path / "without", small.tokenizer_sha256)
+
+    assert with_heads.weights_sha256 == without.weights_sha256
+    assert read_weights(tmp_path / "with" / "weights.fw")[0] == small.spec
 
 
 def test_state_in_bfloat16_is_accepted(finish, small):
@@ -75,7 +111,7 @@ def test_state_in_bfloat16_is_accepted(finish, small):
     folder, _ = finish(state)
 
     _, tensors, _ = read_weights(folder / "weights.fw")
-    assert torch.equal(tensors["skip_scale"], state["skip_scale"].float())
+    assert torch.equal(tensors["skips.scale"], state["skips.scale"].float())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
