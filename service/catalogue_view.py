@@ -10,7 +10,7 @@ from trainer.data.prepare import EMBEDDED_NAME, prepare_embedded
 from trainer.data.shards import Dataset, load_dataset
 from trainer.errors import UsageError
 from trainer.specs.recipe import DataSpec, Recipe
-from tune_spaces.catalogue import describe, load_recipe, names
+from tune_spaces.catalogue import card, describe, load_recipe, names
 
 
 def find_sweep(paths: Paths, ref: str | None) -> SweepPaths:
@@ -77,5 +77,7 @@ def recipe_rows(name: str | None) -> Any:
     rows = []
     for known in names("recipes"):
         recipe = parse(Recipe, load_recipe(known, "recipes"), known)
-        rows.append({**describe_recipe(recipe), "card": describe(known)})
+        # The verdict opens the card's bullet; the sentences after it give the reasons.
+        verdict = card(known)["legal"].partition(". ")[0].removesuffix(".")
+        rows.append({**describe_recipe(recipe), "legal": verdict, "description": describe(known)})
     return rows

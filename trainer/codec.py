@@ -130,21 +130,32 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def read_recipe(path: Path, *, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a recipe file as a plain dict, laid over the sibling that it `extends`."""
-    if path in _seen:
-        raise UsageError(f"{path}: extends itself through {' -> '.join(p.name for p in _seen)}")
+    """Read a recipe file as a plain dict, laid over what it `extends`: a recipe or a list, a
+    later one over those before it. Their paths start at the recipe's folder, `.yaml` left out."""
+    if again := [seen for seen in _seen if seen.samefile(path)]:
+        raise UsageError(f"{again[0]}: extends itself through {' -> '.join(p.name for p in _seen)}")
     data = read_mapping(path)
-    parent = data.pop("extends", None)
-    if parent is None:
-        return data
-    if not isinstance(parent, str):
-        raise UsageError(f"{path}: extends must name a recipe in the same folder")
-    parent_path = (
-        path.parent / parent if parent.endswith(".yaml") else path.parent / f"{parent}.yaml"
-    )
-    if not parent_path.is_file():
-        raise UsageError(f"{path}: extends {parent!r}, but {parent_path} does not exist")
-    return merge(read_recipe(parent_path, _seen=(*_seen, path)), data)
+    below: dict[str, Any] = {}
+    for parent in _parents(path, data.pop("extends", None)):
+        below = merge(below, read_recipe(parent, _seen=(*_seen, path)))
+    return merge(below, data)
+
+
+def _parents(path: Path, extends: Any) -> list[Path]:
+    """The files that a recipe names under `extends`, in its order."""
+    if extends is None:
+        return []
+    names = extends if isinstance(extends, list) else [extends]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise UsageError(
+            f"{path}: extends must name a recipe in the same folder, or list several, such as "
+            "[pr414, scales/tiny]"
+        )
+    parents = [path.parent / (name if name.endswith(".yaml") else f"{name}.yaml") for name in names]
+    for name, parent in zip(names, parents, strict=True):
+        if not parent.is_file():
+            raise UsageError(f"{path}: extends {name!r}, but {parent} does not exist")
+    return parents
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

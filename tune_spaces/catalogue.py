@@ -1,11 +1,14 @@
-"""The recipes and sweeps that ship with Fairway, by name."""
+"""The recipes and sweeps that ship with Fairway, by name, and the cards of the recipes."""
 
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from trainer.codec import read_recipe, suggest
 from trainer.errors import UsageError
+
+CARD_BULLETS = ("source", "claim", "found", "legal", "forecast", "parameters")
 
 
 def _folder(kind: str) -> Path:
@@ -35,10 +38,38 @@ def load_recipe(name_or_path: str, where: str) -> dict[str, Any]:
 
 
 def describe(name: str) -> str:
-    """The comment that opens a shipped recipe: its card."""
-    card: list[str] = []
-    for line in (_folder("recipes") / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        card.append(line.removeprefix("#").strip())
-    return " ".join(card)
+    """The first line of a shipped recipe, a comment: what it is."""
+    text = (_folder("recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+    return text.partition("\n")[0].removeprefix("#").strip()
+
+
+def cards() -> dict[str, dict[str, str]]:
+    """The cards in recipes/README.md: recipe name to bullet name to text.
+
+    A card is a second-level heading, one recipe or several with commas between, and bullets
+    `* Name: text`.
+    """
+    text = (_folder("recipes") / "README.md").read_text(encoding="utf-8")
+    _, *sections = re.split(r"^## (.+)\n", text, flags=re.MULTILINE)
+    return {
+        name: _bullets(body)
+        for heading, body in zip(sections[::2], sections[1::2], strict=True)
+        for name in heading.split(", ")
+    }
+
+
+def card(name: str) -> dict[str, str]:
+    """The card of a shipped recipe; UsageError where it has none or one lacks a bullet."""
+    bullets = cards().get(name, {})
+    missing = [bullet for bullet in CARD_BULLETS if not bullets.get(bullet)]
+    if missing:
+        raise UsageError(
+            f"{_folder('recipes') / 'README.md'}: the card of {name} has no {', '.join(missing)}; "
+            f"write `## {name}` with the bullets of the other cards"
+        )
+    return bullets
+
+
+def _bullets(body: str) -> dict[str, str]:
+    found = re.findall(r"^\* (\w+): (.+\n(?:  .+\n)*)", body, flags=re.MULTILINE)
+    return {name.lower(): " ".join(text.split()) for name, text in found}

@@ -201,16 +201,40 @@ def test_a_recipe_is_laid_over_the_one_it_extends(tmp_path: Path) -> None:
     assert codec.read_recipe(top) == {"a": None, "b": {"c": 2, "d": 4}, "e": 5}
 
 
+def test_a_recipe_is_laid_over_several_the_later_over_the_earlier(tmp_path: Path) -> None:
+    (tmp_path / "scales").mkdir()
+    write(tmp_path, "root.yaml", "a: 1\nb: {c: 1, d: 1}")
+    write(tmp_path, "base.yaml", "extends: root\nb: {e: 1}")
+    write(tmp_path / "scales", "small.yaml", "a: null\nb: {c: 2, d: 2}")
+    top = write(tmp_path, "top.yaml", "extends: [base, scales/small]\nb: {d: 3}")
+
+    assert codec.read_recipe(top) == {"a": None, "b": {"c": 2, "d": 3, "e": 1}}
+
+
+def test_two_parents_may_share_a_recipe(tmp_path: Path) -> None:
+    write(tmp_path, "root.yaml", "a: 1")
+    write(tmp_path, "left.yaml", "extends: root\nb: 2")
+    write(tmp_path, "right.yaml", "extends: root\nc: 3")
+    top = write(tmp_path, "top.yaml", "extends: [left, right]")
+
+    assert codec.read_recipe(top) == {"a": 1, "b": 2, "c": 3}
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("extends: other", "does not exist"),
         ("extends: self", "extends itself through self.yaml"),
-        ("extends: [a]", "extends must name a recipe in the same folder"),
+        ("extends: [1]", "extends must name a recipe in the same folder"),
+        ("extends: {a: b}", "extends must name a recipe in the same folder"),
+        ("extends: []", "extends must name a recipe in the same folder"),
+        ("extends: [self.yaml, other]", "extends 'other', but"),
+        ("extends: scales/../self", "extends itself through self.yaml"),
         ("- 1", "expected `key: value` lines at the top level"),
     ],
 )
 def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "scales").mkdir()
     path = write(tmp_path, "self.yaml", text)
 
     with pytest.raises(UsageError) as caught:
