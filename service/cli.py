@@ -17,8 +17,10 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from service import cli_data, report
+from service import cli_audit, cli_data, cli_models, report
 from service.catalogue_view import data_of, find_sweep, plan_document, recipe_rows
+from service.knobs import dead_knobs
+from service.labels import short_value
 from service.ledger import SweepView, is_held, replay
 from service.paths import Paths
 from service.plan import inputs_of, make_plan
@@ -37,6 +39,8 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(cli_data.app, name="data")
+app.command()(cli_audit.audit)
+app.add_typer(cli_models.app)  # without a name: its verbs are verbs of `fairway`
 
 Home = Annotated[
     Path, typer.Option("--home", envvar="FAIRWAY_HOME", help="Where Fairway keeps its files.")
@@ -133,26 +137,6 @@ def best(sweep: SweepRef = None, home: Home = _HOME, output: Output = "table") -
     view = _view(paths, sweep)
     run_ids = _tracking(paths, view).get("run_ids", {})
     _print(report.best_document(view, run_ids, paths.home), output)
-
-
-@app.command()
-def score(
-    artifact: Annotated[str, typer.Argument(help="A final's id, or an artifact's folder.")],
-    data: Annotated[str, typer.Option(help="The dataset whose val split is scored.")] = "embedded",
-    window: Annotated[int | None, typer.Option(help="Tokens a window reads.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Predictions a later window scores.")] = None,
-    variant: Annotated[
-        Literal["A", "C"] | None, typer.Option(help="C scores each prediction once; A is old logs.")
-    ] = None,
-    home: Home = _HOME,
-    output: Output = "table",
-) -> None:
-    """Score an artifact on disk again; a final is scored as it was unless told otherwise."""
-    from service.rescore import rescore
-
-    asked = {"window": window, "stride": stride, "variant": variant}
-    given = {name: value for name, value in asked.items() if value is not None}
-    _print(rescore(Paths(home), artifact, data, given), output)
 
 
 @app.command("report")
@@ -266,6 +250,10 @@ def _show_end(view: SweepView, paths: Paths, talk: Talk, output: str) -> None:
         cache_hits=counts["cache_hits"],
         trained_steps=counts["trained_steps"],
     )
+    for found in dead_knobs(view):
+        values = ",".join(map(short_value, found.values))
+        identical = f"{found.identical} of {found.compared}"
+        talk.say("dead_knob", knob=found.knob, values=values, identical=identical)
     top = report.best(view)
     if top is not None:
         sys.stdout.flush()
@@ -325,10 +313,15 @@ def _print(data: Any, output: str) -> None:
     else:
         from rich.table import Table
 
-        table = Table(*data[0].keys(), box=None)
+        *facts, text = data[0]
+        table = Table(box=None)
+        for name in facts:
+            table.add_column(name, no_wrap=True)
+        table.add_column(text, overflow="fold")
         for row in data:
             table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
-        Console().print(table)
+        # One line a row into a pipe or a log.
+        Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def _prepare_environment() -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from service.knobs import dead_knob_records, dead_knobs, in_words
 from service.labels import knob_names, short_value
 from service.ledger import SweepView
 from service.states import State
@@ -141,6 +142,7 @@ def status_document(view: SweepView) -> dict[str, Any]:
         "trained_steps": sum(result["steps_computed"] for result in computed),
         **_cost(view, computed),
         "best": None if top is None else _pick(top),
+        "dead_knobs": dead_knob_records(view),
     }
 
 
@@ -316,7 +318,8 @@ def _caption(view: SweepView, num_rows: int, limit: int | None) -> str:
     cap, total = view.started.get("cap_bytes"), view.started.get("num_finals", num_rows)
     shown = f"{min(limit, num_rows)} shown of " if limit is not None and limit < num_rows else ""
     limit_text = "" if cap is None else f"; cap {cap:,} bytes"
-    return f"{shown}{num_rows} of {total} finals settled; sweep {view.state}{limit_text}"
+    settled = f"{shown}{num_rows} of {total} finals settled; sweep {view.state}{limit_text}"
+    return "\n".join([settled, *map(in_words, dead_knobs(view))])
 
 
 def text_table(view: SweepView, *, limit: int | None = None) -> str:

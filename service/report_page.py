@@ -20,6 +20,7 @@ from service.groups import (
     pareto_front,
     scored_rows,
 )
+from service.knobs import dead_knobs, in_words
 from service.labels import knob_names, short_value
 from service.ledger import SweepView
 from service.report import (
@@ -43,7 +44,7 @@ def draw_page(view: SweepView) -> str:
         sections.append(_plot(_plane_figure(view, rows), with_library=True))
         sections.append("<h2>Knobs and result</h2>")
         sections.append(_plot(_parallel_figure(view, rows), with_library=False))
-        sections.append(_influence_list(view))
+        sections += [_influence_list(view), _dead_list(view)]
     sections += ["<h2>Finals</h2>", _finals_table(view), "<h2>Facts</h2>", _facts_table(view)]
     return _PAGE.format(title=title, style=_STYLE, body="\n".join(sections), script=_SORT)
 
@@ -173,6 +174,18 @@ def _influence_list(view: SweepView) -> str:
     )
 
 
+def _dead_list(view: SweepView) -> str:
+    items = "".join(
+        f"<li>{html.escape(in_words(found))}, such as {html.escape(_short_ids(found.example))}</li>"
+        for found in dead_knobs(view)
+    )
+    return f"<p class='warn'>Knobs that changed nothing:</p><ul>{items}</ul>" if items else ""
+
+
+def _short_ids(finals: Sequence[str]) -> str:
+    return " and ".join(final[:12] for final in finals)
+
+
 def _finals_table(view: SweepView) -> str:
     top = best(view)
     head = "".join(f"<th>{html.escape(name)}</th>" for name in (*table_columns(view), "final"))
@@ -212,7 +225,7 @@ th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid #e6e
 thead th { cursor: pointer; position: sticky; top: 0; background: #fff }
 td:last-child, tbody th { text-align: left }
 .best { font-weight: 700; background: #e8f5ee } .infeasible { color: #8a8a8a }
-.illegal { color: #8a5a00 } .failed { color: #b3261e }
+.illegal, .warn { color: #8a5a00 } .failed { color: #b3261e }
 """
 
 # Numbers sort as numbers ("1,234" too); a second click turns the order around.

@@ -21,7 +21,9 @@ from trainer.runtime.files import write_json, write_text
 START = 1_790_000_000.0
 WARMDOWN, EMA = "train.schedule.warmdown_iters", "train.averages.ema_decay"
 CLIP, PRUNE = "final.quantize.clip", "final.prune.ratio"
+NTK, WINDOW = "model.attention.rope.ntk_reference", "evaluate.window"
 PHASES = {WARMDOWN: "train", EMA: "bank", CLIP: "final", PRUNE: "final"}
+PHASES |= {NTK: "train", WINDOW: "eval"}
 
 
 @dataclass
@@ -33,6 +35,8 @@ class Sweep:
     cap_bytes: int | None = ARTIFACT_BYTES_CAP
     mean_bytes: int = 15_850_000
     seed: int = 1337
+    dead: tuple[str, ...] = ()
+    """Knobs that change no byte and no score."""
     space: dict[str, list[Any]] = field(
         default_factory=lambda: {
             WARMDOWN: [2500, 3500],
@@ -127,7 +131,8 @@ class Sweep:
     def score(self, ledger: Ledger, point: dict[str, Any], **overrides: Any) -> str:
         """Write `final_scored`; `state`, `reason`, `result` and `cached` may be overridden."""
         key = stage_id("final", point, self.seed)
-        result = final_result(point, self.mean_bytes)
+        acting = {path: value for path, value in point.items() if path not in self.dead}
+        result = final_result(acting, self.mean_bytes)
         over = 0 if self.cap_bytes is None else result["artifact_bytes"] - self.cap_bytes
         facts = {
             "state": "infeasible" if over > 0 else "succeeded",

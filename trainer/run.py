@@ -6,9 +6,13 @@ written last, means done.
 
 import shutil
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from trainer.codec import dump, fingerprint, parse
 from trainer.data.bytecount import ByteTable
@@ -22,14 +26,14 @@ from trainer.finalize.pipeline import FinalReport
 from trainer.finalize.pipeline import finalize as write_artifact
 from trainer.model.build import build, load_state
 from trainer.model.gpt import GPT
-from trainer.model.roles import roles_of
-from trainer.protocol import SPEC_VERSION
+from trainer.protocol import SPEC_VERSION, UNKNOWN_TOKENIZER
 from trainer.results import FinalResult, ParityResult, Rule, Score, Totals, TrainResult
 from trainer.runtime.distributed import Ranks
 from trainer.runtime.files import read_json, sha256_file, write_json
 from trainer.runtime.tensors import load_tensors
 from trainer.sizes import forecast_weights_bytes, num_params
 from trainer.specs.evaluate import EvaluateSpec
+from trainer.specs.model import ModelSpec
 from trainer.specs.recipe import Observe
 from trainer.specs.task import FinalTask, TrainTask
 from trainer.train import loop
@@ -108,7 +112,7 @@ def check_parity(training: Path, dataset: Dataset, folder: Path, ranks: Ranks) -
     model = build(task.model, dtype=task.train.dtype)
     load_state(model, load_tensors(training / "bank", trained.parity_entry))
     spec = EvaluateSpec(window=task.parity_window, stride=task.parity_window)
-    totals = _score(model, dataset, spec, ranks)
+    totals = _score(model, val_text(dataset), spec, ranks)
     fresh = bits_per_byte(totals)
     rule = audit.parity(trained.parity_bpb, fresh, trained.parity_tolerance)
     result = ParityResult(fresh_bpb=fresh, rule=rule)
@@ -129,10 +133,8 @@ def finalize(
     trained_as, _ = load_training(training)
     started = time.monotonic()
     state = load_tensors(training / "bank", task.entry)
-    roles = roles_of(build(trained_as.model))
     report = write_artifact(
         state,
-        roles,
         trained_as.model,
         task.final,
         folder / "artifact",
@@ -160,17 +162,65 @@ def score_artifact(
     artifact: Path, dataset: Dataset, spec: EvaluateSpec, ranks: Ranks, *, dtype: str
 ) -> tuple[Score, Totals]:
     """Load an artifact's weights from disk into a fresh model and score the validation split."""
-    model_spec, state, facts = read_weights(artifact / "weights.fw")
-    tokenizer = sha256_file(dataset.tokenizer_path)
-    if facts.tokenizer_sha256 != tokenizer:
+    text = val_text(dataset)
+    model, state = load_artifact(artifact, text.tokenizer)
+    return score_state(model, state, text, spec, ranks, dtype=dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Text:
+    """What is scored: ids [N + 1] of N predictions, the model file of their tokenizer, and where
+    they come from."""
+
+    tokens: np.ndarray
+    tokenizer: Path
+    where: str
+
+
+def val_text(dataset: Dataset) -> Text:
+    """The whole validation split."""
+    stream = dataset.stream("val")
+    return Text(stream.read(0, len(stream)), dataset.tokenizer_path, str(dataset.folder))
+
+
+def load_artifact(folder: Path, tokenizer: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
+    """Read an artifact's model and float32 state; DataError if it was made for another tokenizer.
+
+    An imported artifact names none.
+    """
+    path = folder / "weights.fw"
+    model, state, facts = read_weights(path)
+    given = sha256_file(tokenizer)
+    if facts.tokenizer_sha256 not in (given, UNKNOWN_TOKENIZER):
         raise DataError(
-            f"{artifact / 'weights.fw'}: made with another tokenizer "
-            f"({facts.tokenizer_sha256[:12]}) than {dataset.tokenizer_path} ({tokenizer[:12]})"
+            f"{path}: made with another tokenizer ({facts.tokenizer_sha256[:12]}) than "
+            f"{tokenizer} ({given[:12]})"
         )
-    model = build(model_spec, dtype=dtype)
-    load_state(model, state)
+    return model, state
+
+
+def score_state(
+    spec: ModelSpec,
+    state: Mapping[str, Tensor],
+    text: Text,
+    evaluate: EvaluateSpec,
+    ranks: Ranks,
+    *,
+    dtype: str,
+) -> tuple[Score, Totals]:
+    """Score a text with a fresh model of this state; DataError for ids that it has no row for."""
+    largest = int(text.tokens.max(initial=0))
+    if largest >= spec.vocab_size:
+        raise DataError(
+            f"{text.where}: token id {largest}, but the model's vocab_size is {spec.vocab_size}; "
+            "score tokens of its own tokenizer"
+        )
+    model = build(spec, dtype=dtype)
+    load_state(model, dict(state))
     started = time.monotonic()
-    totals = _score(model, dataset, spec, ranks)
+    totals = _score(model, text, evaluate, ranks)
+    if totals.bytes == 0:
+        raise DataError(f"{text.where}: the scored tokens stand for no text; score more of them")
     score = Score(
         val_bpb=bits_per_byte(totals),
         val_loss=nats_per_token(totals),
@@ -181,11 +231,10 @@ def score_artifact(
     return score, totals
 
 
-def _score(model: GPT, dataset: Dataset, spec: EvaluateSpec, ranks: Ranks) -> Totals:
-    stream = dataset.stream("val")
-    table = ByteTable.load(dataset.tokenizer_path, model.plan.spec.vocab_size)
+def _score(model: GPT, text: Text, spec: EvaluateSpec, ranks: Ranks) -> Totals:
+    table = ByteTable.load(text.tokenizer, model.plan.spec.vocab_size)
     model.to(ranks.device)
-    return score_stream(model, stream.read(0, len(stream)), table, spec, ranks)
+    return score_stream(model, text.tokens, table, spec, ranks)
 
 
 def _final_result(
@@ -198,7 +247,7 @@ def _final_result(
 ) -> FinalResult:
     return FinalResult(
         entry=task.entry,
-        num_params=num_params(trained_as.model),
+        num_params=num_params(trained_as.model.exported()),
         artifact_bytes=report.artifact_bytes,
         weights_bytes=report.weights_bytes,
         code_bytes=report.code_bytes,

@@ -9,17 +9,20 @@ from service.cli import app
 from trainer import errors
 
 SURFACE = """\
+audit SUBJECT --liveness -S --home -o/--output
 best [SWEEP] --home -o/--output
 data fetch [VARIANT] --train-shards --holdout/--no-holdout --name --base-url --repo --home
 data ls --home -o/--output
 data prepare [SOURCES] --name --embedded --tokenizer --vocab-size --val-fraction \
 --holdout-fraction --shard-tokens --seed --home
 data verify NAME --home
+import FILE --recipe -o/--out -S
 recipes [NAME] -o/--output
 report [SWEEP] --home -o/--output --open
 run SWEEP_FILE -S --home --num-cpus --address --tracking-uri -o/--output
 schema [OF]
-score ARTIFACT --data --window --stride --variant --home -o/--output
+score ARTIFACT --data --tokens --tokenizer --limit --window --stride --variant --dtype --home \
+-o/--output
 status [SWEEP] --home -o/--output
 sync [SWEEP] --home --tracking-uri
 validate SWEEP_FILE -S --home -o/--output

@@ -1,0 +1,1 @@
+"""What the public scripts wrote, brought in: their names, their files, our folder."""
