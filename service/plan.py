@@ -12,12 +12,11 @@ from trainer.codec import dump, fingerprint
 from trainer.data.shards import Dataset
 from trainer.errors import UsageError
 from trainer.finalize.code import code_digest
-from trainer.optim.schedule import has_begun, lr_scale, progress
+from trainer.optim.schedule import check_late_parts
 from trainer.protocol import SPEC_VERSION
 from trainer.sizes import flops_per_token, forecast_weights_bytes, num_params
 from trainer.specs.recipe import Recipe
 from trainer.specs.task import FinalTask, TrainTask, final_task, train_task
-from trainer.specs.train import Late, TrainSpec
 from tune_spaces.space import Point, grid, of_phase, sample
 
 ID_LENGTH = 20
@@ -126,32 +125,7 @@ def _check_training(recipe: Recipe, sweep: Sweep, inputs: Inputs, where: str) ->
             f"{where}: model.vocab_size={recipe.model.vocab_size} is below the "
             f"{inputs.vocab_size} tokens of the data; set model.vocab_size={inputs.vocab_size}"
         )
-    if recipe.final.average == "swa" and not _takes_snapshots(train):
-        raise UsageError(
-            f"{where}: train.averages.swa takes no snapshot in {train.iterations} iterations; "
-            "lower swa.every or let swa.start come earlier"
-        )
-    qat = train.qat
-    if qat is not None and qat.start is not None and not _steps_from(train, qat.start):
-        raise UsageError(
-            f"{where}: train.qat.start never comes in {train.iterations} iterations; let it come "
-            "earlier or lengthen the warmdown"
-        )
-
-
-def _takes_snapshots(train: TrainSpec) -> bool:
-    swa = train.averages.swa
-    if swa is None or train.schedule.basis != "steps":
-        return swa is not None  # by wall clock it shows only on the way
-    return any((step + 1) % swa.every == 0 for step in _steps_from(train, swa.start))
-
-
-def _steps_from(train: TrainSpec, start: Late) -> list[int]:
-    """The steps, from 0, at which `start` has come; all of them where only a clock can tell."""
-    steps = range(train.iterations)
-    if train.schedule.basis != "steps":
-        return list(steps)
-    return [s for s in steps if has_begun(start, lr_scale(train, s, 0.0), progress(train, s, 0.0))]
+    check_late_parts(train, recipe.final.average, where)
 
 
 def _with_bank(task: TrainTask, decays: tuple[float, ...]) -> TrainTask:

@@ -13,6 +13,7 @@ from pathlib import Path
 from trainer.codec import dump, parse, parse_assignment, read_recipe, to_yaml, with_values
 from trainer.data.shards import Dataset, load_dataset
 from trainer.errors import FairwayError, InfeasibleError, UsageError
+from trainer.optim.schedule import check_late_parts
 from trainer.protocol import ARTIFACT_BYTES_CAP
 from trainer.results import FinalResult, Score
 from trainer.run import check_parity, finalize, is_trained, score_artifact, train
@@ -52,6 +53,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> FinalResult | None:
     values = [parse_assignment(text) for text in arguments.overrides]
     data = with_values(read_recipe(arguments.recipe), values)
     recipe = parse(Recipe, data, str(arguments.recipe))
+    check_late_parts(recipe.train, recipe.final.average, str(arguments.recipe))
     out: Path = arguments.out
     dataset = _dataset(arguments.data or out / "data" / recipe.data.name, recipe.data.name, ranks)
     if ranks.is_first:

@@ -10,8 +10,9 @@ Shapes: weight [rows, cols] float32, clip [rows] float32, scale [rows] float16, 
 import torch
 from torch import Tensor
 
+from trainer.specs.final import LARGEST_SCALE
+
 SMALLEST_SCALE = 2.0**-24  # the least float16 above zero: a row of zeros still has a scale
-LARGEST_SCALE = 65_504.0  # the greatest finite float16
 SMALLEST_NORMAL_HALF = 2.0**-14
 
 

@@ -263,3 +263,20 @@ def test_the_code_that_is_counted_runs_in_a_clean_process(finished, tmp_path):
 
     assert done.returncode == 0, done.stderr
     assert "recipe" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("train.qat={mlp_bits: 6, start: {lr_scale: 0.2}}", "train.qat.start never comes"),
+        (
+            "train.averages.swa={every: 7, start: {lr_scale: null, progress: 0.9}}",
+            "train.averages.swa takes no",
+        ),
+    ],
+)
+def test_what_would_begin_after_the_end_is_refused_before_the_training(call, override, fault):
+    status, out, lines = call("-S", override, "-S", "final.average=swa")
+
+    assert (status, out, len(lines)) == (2, "", 1)
+    assert fault in lines[0]

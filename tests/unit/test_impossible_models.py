@@ -65,13 +65,13 @@ from trainer.specs.recipe import Recipe
         ),
         (
             {"final.quantize.float16_keys": [2]},
-            "final.quantize.float16_keys: layer 2 has no key projection of its own; "
-            "layers 0..1 have",
+            "final.quantize.float16_keys: layer 2 has no key projection of its own, "
+            "layers 0..1 have; set final.quantize.float16_keys=[]",
         ),
         (
             {"model.attention.shared_kv": {}, "final.quantize.float16_keys": [1]},
-            "final.quantize.float16_keys: layer 1 has no key projection of its own; "
-            "layers 0..0 have",
+            "final.quantize.float16_keys: layer 1 has no key projection of its own, "
+            "layers 0..0 have; set final.quantize.float16_keys=[]",
         ),
         (
             {
@@ -84,6 +84,15 @@ from trainer.specs.recipe import Recipe
         (
             {"train.qat": {"mlp_bits": 6, "start": {"lr_scale": 0.1, "progress": 0.5}}},
             "train.qat.start: give either lr_scale or progress",
+        ),
+        (
+            {"train.qat": {"other_bits": 6}},
+            "train.qat.other_bits=6 alone reaches no matrix of this model; set mlp_bits or "
+            "attention_bits, or leave train.qat out",
+        ),
+        (
+            {"train.averages.ema_every": 13},
+            "train: averages.ema_every=13 exceeds iterations=12: no shadow would ever move",
         ),
         ({"train.qat": {}}, "train.qat: give bits to one of mlp_bits, attention_bits, other_bits"),
         ({"train.qat.mlp_bits": 9}, "train.qat: mlp_bits=9 is outside 2..8"),

@@ -203,3 +203,16 @@ def test_one_module_left_behind_fails_the_training(begin):
 
     with pytest.raises(TrainingError, match="does not act"):
         late.turn_on_if_due(0.1, 0.9)
+
+
+def test_a_training_that_ends_before_its_late_parts_says_so(tiny_dataset, tmp_path, caplog):
+    # By wall clock only the end shows that the time never came.
+    clock = {"train.max_clock_s": 600.0, "train.schedule.basis": "wallclock"}
+    start = {"progress": 0.99}
+    qat = {"train.qat": BITS | {"start": start}, "train.averages.swa": {"start": start}}
+
+    result = train(train_task(tiny.recipe(clock | qat)), tiny_dataset, tmp_path, ALONE)
+
+    said = [record.message for record in caplog.records if "never came" in record.message]
+    assert (result.qat_start_step, "swa" in result.entries) == (None, False)
+    assert [line.split()[0] for line in said] == ["train.qat.start", "train.averages.swa.start"]

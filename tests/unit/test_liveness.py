@@ -94,7 +94,7 @@ def test_every_optional_part_of_a_rich_model_acts() -> None:
     assert found.verdict == "pass", found.detail
     for path in (
         "smear", "trigram", "attention.xsa.last", "attention.rope.ntk_reference", "dtg",
-        "unet.gate", "recurrence", "head", "mtp", "attention.shared_kv",
+        "unet.gate", "recurrence", "head", "mtp", "attention.shared_kv", "ln_scale.learned",
     ):  # fmt: skip
         assert f"{path} " in found.detail
 
@@ -122,6 +122,34 @@ def test_a_rich_model_trains_in_every_parameter() -> None:
     found = by_id(step_rules(task))
 
     assert {rule.verdict for rule in found.values()} == {"pass"}, found
+
+
+def test_keys_that_are_copied_instead_of_shared_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = recipe({"model.num_layers": 4, "model.attention.shared_kv": {}}).model
+    alive = effect(spec, "attention.shared_kv")
+
+    monkeypatch.setattr("trainer.blueprint._kv_owner", lambda spec, index: index)
+
+    assert alive > 1e-3  # type: ignore[operator]
+    assert effect(spec, "attention.shared_kv") == 0.0
+
+
+def test_snapshots_that_are_never_taken_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_of(**{"train.averages.ema_decay": None, "train.averages.ema_bank": []})
+    alive = by_id(step_rules(task))["averages"]
+
+    monkeypatch.setattr("trainer.optim.averages.has_begun", lambda *when: False)
+    dead = by_id(step_rules(task))["averages"]
+
+    assert alive.detail.endswith(": swa")
+    assert (alive.verdict, dead.verdict) == ("pass", "fail")
+    assert dead.detail == "swa is missing from the bank"
+
+
+def test_windows_that_score_the_tail_again_fail() -> None:
+    found = scoring.coverage(recipe({"evaluate.variant": "A"}).evaluate)
+
+    assert found.verdict == "fail"
 
 
 def test_a_part_that_is_wired_to_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +212,7 @@ def test_a_parameter_that_no_optimizer_holds_is_named(monkeypatch: pytest.Monkey
 def test_an_average_that_stays_where_it_started_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AverageBank, "update", lambda self, *when: None)
 
-    found = by_id(step_rules(task_of()))["averages"]
+    found = by_id(step_rules(task_of(**{"train.averages.swa": None})))["averages"]
 
     assert (found.verdict, found.detail) == ("fail", "ema-0.5 is the start; ema-0.9 is the start")
 

@@ -411,6 +411,30 @@ def test_plain_init_is_uniform_within_the_inverse_root_of_the_inputs():
     assert 0.95 * 32**-0.5 < weight.abs().max() <= 32**-0.5
 
 
+def test_an_untied_head_starts_at_zero():
+    assert not build(RICH, seed=0).head.output.weight.any()
+
+
+def test_the_value_embedding_has_the_deviation_it_was_told():
+    values = replace(RICH.value_embedding, dim=64, init_std=0.01)
+
+    table = build(replace(RICH, value_embedding=values), seed=0).value_embedding.table.weight
+
+    assert float(table.detach().std()) == pytest.approx(0.01, rel=0.1)
+
+
+def test_the_dtg_gate_sends_no_gradient_back_to_what_it_looks_at():
+    gate = build(RICH, seed=0).blocks[0].dtg
+    with torch.no_grad():
+        gate.weight.normal_(generator=torch.Generator().manual_seed(0))
+    y, entry = draw(1, 4, 32), draw(1, 4, 32, seed=1).requires_grad_()
+
+    gate(y, entry).sum().backward()
+
+    share = torch.sigmoid(entry.detach() @ gate.weight + gate.bias).detach()
+    torch.testing.assert_close(entry.grad, (1 - share).unsqueeze(-1).expand(1, 4, 32))
+
+
 def test_the_embedding_has_the_deviation_it_was_told():
     spec = replace(BARE, vocab_size=500, embedding=specs.Embedding(init_std=0.25))
 

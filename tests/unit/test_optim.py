@@ -232,3 +232,9 @@ def test_a_restored_optimizer_goes_on_to_the_same_bits():
 
     pairs = zip(straight.parameters(), resumed.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_an_untied_head_moves_at_its_own_small_rate():
+    groups = Optimizers(build(tiny.rich_model()), specs.Optimizer()).by_role["head"].param_groups
+
+    assert [group["lr"] for group in groups] == [0.008]

@@ -95,8 +95,12 @@ def score_stream(
     model.eval()
     for starts, length, scored in _batches(plan, spec.batch_windows):
         rows = starts[:, None] + np.arange(length + 1)
-        batch = torch.from_numpy(tokens[rows].astype(np.int64)).to(ranks.device)
-        loss = model(batch[:, :-1], batch[:, length + 1 - scored :])
+        # A window that the end cuts short is filled up behind: the model turns positions by the
+        # length it is given (the NTK rule), and no filling is seen from before it.
+        filled = np.zeros((len(starts), spec.window + 1), dtype=np.int64)
+        filled[:, : length + 1] = tokens[rows]
+        batch = torch.from_numpy(filled).to(ranks.device)
+        loss = model(batch[:, :-1], batch[:, length + 1 - scored :])[:, :scored]
         nats += float(loss.double().sum())
         ends = tokens[rows[:, length - scored :]]
         scored_tokens += scored * len(starts)

@@ -4,15 +4,21 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from trainer.blueprint import blueprint
 from trainer.liveness.probe import NUM_TOKENS, SEED, awake, losses, rule, text
 from trainer.model.build import build
+from trainer.model.gpt import GPT
 from trainer.results import Rule
 from trainer.specs.model import ModelSpec
 
 MIN_EFFECT = 1e-6  # nats: what is left of a part that rounds away
 # These narrow a part down. One that spans everything says no more than its absence would.
 SCOPES = frozenset({"attention.rope.dims", "attention.xsa.last", "attention.shared_kv.last"})
+# These say where training starts from, so they show in fresh weights only.
+STARTS = frozenset({"ortho_init", "ortho_init.scaled_outputs"})
 
 
 def flags(spec: ModelSpec) -> Rule:
@@ -29,12 +35,12 @@ def flags(spec: ModelSpec) -> Rule:
 
 
 def optional_parts(value: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted paths of what a spec names and could do without."""
+    """Yield the dotted paths of what a spec names or switches on and could do without."""
     for field in fields(value):
         part = getattr(value, field.name)
         if part is None:
             continue
-        if field.default is None:
+        if field.default is None or part is True:
             yield f"{prefix}{field.name}"
         if is_dataclass(part):
             yield from optional_parts(part, f"{prefix}{field.name}.")
@@ -43,8 +49,8 @@ def optional_parts(value: Any, prefix: str = "") -> Iterator[str]:
 def effect(spec: ModelSpec, path: str) -> float | None:
     """Return the largest change of a loss, in nats, when the part at `path` is taken away.
 
-    None where the model without it is the same one, or one that cannot be. `ortho_init` is
-    judged by the largest change of a fresh weight.
+    None where the model without it is the same one, or one that cannot be. What training starts
+    from is judged by the largest change of a fresh weight.
     """
     try:
         other = _without(spec, path)
@@ -52,11 +58,13 @@ def effect(spec: ModelSpec, path: str) -> float | None:
         return None
     if path in SCOPES and replace(blueprint(other), spec=spec) == blueprint(spec):
         return None
-    if path == "ortho_init":
+    if path in STARTS:
         return _fresh_change(spec, other)
     tokens = text(spec, _num_tokens(spec, path))
     model = awake(spec)
-    rest = awake(other, model.state_dict())
+    rest = awake(other, _shared(model) | model.state_dict())
+    if path == "attention.shared_kv":
+        _move_owners(spec, model, rest)
     if path == "mtp":
         model.train()
         rest.train()
@@ -65,7 +73,28 @@ def effect(spec: ModelSpec, path: str) -> float | None:
 
 def _without(value: Any, path: str) -> Any:
     head, _, rest = path.partition(".")
-    return replace(value, **{head: _without(getattr(value, head), rest) if rest else None})
+    part = getattr(value, head)
+    return replace(
+        value, **{head: _without(part, rest) if rest else False if part is True else None}
+    )
+
+
+def _shared(model: GPT) -> dict[str, Tensor]:
+    """Return a copy of the key and value matrices for every layer that uses another's."""
+    return {
+        f"blocks.{layer.index}.attention.{name}.weight": linear.weight.detach()
+        for layer, block in zip(model.plan.layers, model.blocks, strict=True)
+        for name, linear in zip(("key", "value"), block.attention.key_value, strict=True)
+    }
+
+
+@torch.no_grad()
+def _move_owners(spec: ModelSpec, *models: GPT) -> None:
+    """Move the keys and values that layers share: with copies instead, only the owners follow."""
+    for model in models:
+        for owner in sorted({layer.kv_owner for layer in blueprint(spec).layers}):
+            for linear in model.blocks[owner].attention.key_value:
+                linear.weight.neg_()
 
 
 def _num_tokens(spec: ModelSpec, path: str) -> int:

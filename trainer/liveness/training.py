@@ -43,7 +43,7 @@ def step_rules(task: TrainTask) -> list[Rule]:
         model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
         with_gradient |= {name for name, p in parameters.items() if _moves(p.grad)}
         optimizers.step(step, 1.0)
-        averages.update((step + 1) * task.train.averages.ema_every, 1.0, 0.0)
+        averages.update((step + 1) * _update_every(task), 0.0, 1.0)
     moved = {name for name, start in before.items() if _moves(parameters[name] - start)}
     return [
         held,
@@ -71,6 +71,12 @@ def _num_steps(task: TrainTask) -> int:
     return 2 if task.model.head is None else 3
 
 
+def _update_every(task: TrainTask) -> int:
+    """Return a number of steps after which both the shadows and the snapshots are due."""
+    swa = task.train.averages.swa
+    return task.train.averages.ema_every * (1 if swa is None else swa.every)
+
+
 def _moves(tensor: Tensor | None) -> bool:
     """Whether a tensor is finite and not all zero: a table's gradient has only the rows read."""
     return tensor is not None and bool(tensor.isfinite().all() and tensor.count_nonzero())
@@ -86,19 +92,20 @@ def _all_of(name: str, parameters: Iterable[str], alive: set[str], num_steps: in
 
 
 def _averages(averages: AverageBank, start: Mapping[str, Tensor]) -> Rule:
-    """Every EMA has left the start and is not the raw weights either."""
+    """Every average has left the start and is not the raw weights either."""
     banked = averages.entries()
-    raw = banked["raw"]
-    entries = {name: banked[name] for name in map(ema_entry, averages.spec.decays())}
-    if not entries:
-        return not_checked("averages", "the recipe keeps no EMA")
-    faults = [
+    raw = banked.pop("raw")
+    wanted = [*map(ema_entry, averages.spec.decays()), *(["swa"] if averages.spec.swa else [])]
+    if not wanted:
+        return not_checked("averages", "the recipe keeps none")
+    faults = [f"{entry} is missing from the bank" for entry in wanted if entry not in banked]
+    faults += [
         f"{entry} is the {what}"
-        for entry, state in entries.items()
+        for entry, state in banked.items()
         for what, other in (("raw weights", raw), ("start", start))
         if all(torch.equal(state[name], other[name]) for name in raw)
     ]
-    return rule("averages", faults, f"neither the start nor the raw weights: {', '.join(entries)}")
+    return rule("averages", faults, f"neither the start nor the raw weights: {', '.join(wanted)}")
 
 
 def compiled_rules(task: TrainTask) -> list[Rule]:

@@ -1,5 +1,6 @@
 """The learning-rate schedule, and when what acts late begins. Pure."""
 
+from trainer.errors import UsageError
 from trainer.specs.train import Late, TrainSpec
 
 
@@ -43,3 +44,30 @@ def has_begun(late: Late, scale: float, share_done: float) -> bool:
         return scale < late.lr_scale
     assert late.progress is not None  # checked by the spec
     return share_done >= late.progress
+
+
+def check_late_parts(spec: TrainSpec, average: str, where: str) -> None:
+    """Raise UsageError for what would begin late but never comes: fake quantization, or the
+    snapshots of the `average` that a final takes. By wall clock it shows only on the way.
+    """
+    if spec.schedule.basis != "steps":
+        return
+    swa, qat = spec.averages.swa, spec.qat
+    if average == "swa" and swa is not None:
+        snapshots = [s for s in _steps_from(spec, swa.start) if (s + 1) % swa.every == 0]
+        if not snapshots:
+            raise UsageError(
+                f"{where}: train.averages.swa takes no snapshot in {spec.iterations} iterations; "
+                "lower swa.every or let swa.start come earlier"
+            )
+    if qat is not None and qat.start is not None and not _steps_from(spec, qat.start):
+        raise UsageError(
+            f"{where}: train.qat.start never comes in {spec.iterations} iterations; let it come "
+            "earlier or lengthen the warmdown"
+        )
+
+
+def _steps_from(spec: TrainSpec, start: Late) -> list[int]:
+    """The steps, from 0, at which `start` has come."""
+    steps = range(spec.iterations)
+    return [s for s in steps if has_begun(start, lr_scale(spec, s, 0.0), progress(spec, s, 0.0))]

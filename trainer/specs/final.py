@@ -12,6 +12,7 @@ CLIP_CANDIDATES: dict[str, tuple[float, ...]] = {
     "p9": (0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 0.99999, 1.0),
     "r9": (0.80, 0.85, 0.90, 0.93, 0.95, 0.97, 0.98, 0.99, 1.0),  # parameter-golf PR #951
 }
+LARGEST_SCALE = 65_504.0  # scales are stored as float16
 _SD_CLIP = re.compile(r"sd(\d+(\.\d+)?)")
 
 
@@ -99,6 +100,10 @@ class Quantize:
             f"clip={self.clip!r} is not one of {', '.join(known)} or sd<k>, such as sd12",
         )
         require_positive(scale_floor=self.scale_floor)
+        require(
+            self.scale_floor <= LARGEST_SCALE,
+            f"scale_floor={self.scale_floor} exceeds {LARGEST_SCALE:g}, the largest float16",
+        )
         require(self.float_numel >= 0, f"float_numel={self.float_numel} is below 0")
 
 

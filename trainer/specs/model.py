@@ -34,7 +34,10 @@ class HashEmbedding:
 
 @spec
 class SmearV1:
-    """A learned blend of each position with the one before it, dimension by dimension."""
+    """A learned blend of each position with the one before it, dimension by dimension.
+
+    `init` is the logit of the share that the position before has: 0 is half, -3 is 5 %.
+    """
 
     kind: Literal["v1"] = "v1"
     init: float = 0.0
@@ -263,7 +266,9 @@ class Mtp:
 class OrthoInit:
     """Orthogonal matrices; those that end a branch are divided by sqrt(2 * num_layers).
 
-    The output projections of attention and MLP start at zero, unless `scaled_outputs`.
+    The output projections of attention and MLP start at zero, unless `scaled_outputs`. Every
+    other matrix is orthogonal, also one with a side below 64: the public scripts leave those as
+    torch makes them, which beside a table of zeros is a projection of zeros, dead for ever.
     """
 
     scaled_outputs: bool = False

@@ -57,11 +57,21 @@ class Recipe:
             f"{fix.get(self.final.average)}",
         )
         self._check_kept_keys()
+        self._check_qat()
         mtp = self.model.mtp
         require(
             mtp is None or mtp.num_heads < self.train.seq_len,
             f"model.mtp.num_heads={mtp and mtp.num_heads} looks past the end of "
             f"train.seq_len={self.train.seq_len}",
+        )
+
+    def _check_qat(self) -> None:
+        model, qat = self.model, self.train.qat
+        others = (model.bigram, model.trigram, model.value_embedding, model.head, model.mtp)
+        require(
+            qat is None or bool(qat.mlp_bits or qat.attention_bits or any(others)),
+            f"train.qat.other_bits={qat and qat.other_bits} alone reaches no matrix of this model; "
+            "set mlp_bits or attention_bits, or leave train.qat out",
         )
 
     def _check_kept_keys(self) -> None:
@@ -70,6 +80,6 @@ class Recipe:
         for layer in self.final.quantize.float16_keys:
             require(
                 0 <= layer < num_owners,
-                f"final.quantize.float16_keys: layer {layer} has no key projection of its own; "
-                f"layers 0..{num_owners - 1} have",
+                f"final.quantize.float16_keys: layer {layer} has no key projection of its own, "
+                f"layers 0..{num_owners - 1} have; set final.quantize.float16_keys=[]",
             )

@@ -227,6 +227,12 @@ class TrainSpec:
             self.schedule.basis == "steps" or self.max_clock_s is not None,
             "schedule.basis=wallclock needs max_clock_s",
         )
+        averages = self.averages
+        require(
+            not averages.decays() or averages.ema_every <= self.iterations,
+            f"averages.ema_every={averages.ema_every} exceeds iterations={self.iterations}: "
+            "no shadow would ever move",
+        )
         warmdown = self.schedule.warmdown_iters
         require(
             self.schedule.basis != "steps" or warmdown <= self.iterations,

@@ -5,6 +5,7 @@ write the bank. In `folder`: metrics.jsonl while it runs, checkpoint/ for a rest
 the end. The caller writes result.json, which is what makes the training count as done.
 """
 
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -29,6 +30,8 @@ from trainer.train.journal import Journal
 from trainer.train.late_qat import LateQat
 from trainer.train.runner import StepRunner
 from trainer.train.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 # How far a fresh process may land from the trainer's own score (design 9).
 PARITY_TOLERANCE_CPU = 1e-6
@@ -82,6 +85,8 @@ def train(task: TrainTask, dataset: Dataset, folder: Path, ranks: Ranks) -> Trai
                 with clock.phase("checkpoint"):
                     _checkpoint(state, folder, ranks)
 
+    for part in state.never_came():
+        logger.warning("%s never came in %d steps: the training is as without it", part, state.step)
     with clock.phase("bank"):
         entries = state.averages.entries()
         if ranks.is_first:

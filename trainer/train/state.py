@@ -36,6 +36,15 @@ class TrainState:
         self.step = 0
         self.untrained_val_bpb = math.nan
 
+    def never_came(self) -> list[str]:
+        """Name what was to begin late in the training and has not."""
+        missed = []
+        if self.fake_quants is not None and self.fake_quants.start_step is None:
+            missed.append("train.qat.start")
+        if self.averages.spec.swa is not None and not self.averages.swa_count:
+            missed.append("train.averages.swa.start")
+        return missed
+
     def snapshot(self) -> dict[str, Any]:
         """Return a deep copy of everything but the step and the clock."""
         return copy.deepcopy(self._tensors())
