@@ -12,7 +12,7 @@ import typer
 
 from service.paths import Paths
 from trainer.codec import dump, parse, parse_assignment, with_values
-from trainer.errors import InfeasibleError, UsageError
+from trainer.errors import DataError, InfeasibleError, UsageError
 from trainer.results import Rule
 from trainer.runtime.files import read_json
 from trainer.specs.recipe import Recipe
@@ -68,11 +68,22 @@ def _finished(paths: Paths, ref: str) -> tuple[Rule, ...]:
     files = [folder / AUDIT_FILE for folder in (artifact, artifact.parent)]
     for file in files:
         if file.is_file():
-            return tuple(parse(Rule, rule, str(file)) for rule in read_json(file))
+            return _rules(file)
     raise UsageError(
         f"{artifact}: no {AUDIT_FILE} there or beside it; give a final's id or its folder, or a "
         "recipe with --liveness"
     )
+
+
+def _rules(file: Path) -> tuple[Rule, ...]:
+    rules = read_json(file)
+    fix = f"remove {file.parent} and run its sweep again"
+    if not isinstance(rules, list) or not rules:
+        raise DataError(f"{file}: expected a list of rules; {fix}")
+    try:
+        return tuple(parse(Rule, rule, str(file)) for rule in rules)
+    except UsageError as error:
+        raise DataError(f"{str(error).partition(chr(10))[0]}; {fix}") from error
 
 
 def _raise_failed(subject: str, rules: tuple[Rule, ...]) -> None:

@@ -40,11 +40,15 @@ def import_command(
 ) -> None:
     """Bring in a file of the public scripts: a state dict as a bank, a quantized one as it is."""
     values = [parse_assignment(text) for text in overrides or []]
-    data = with_values(load_recipe(recipe, "--recipe"), values)
-    parsed = parse(Recipe, data, recipe)
+    # What a final keeps as float16 is no part of the model: its layers must not stop an import.
+    data = with_values(load_recipe(recipe, "--recipe"), [("final.quantize.float16_keys", [])])
+    parsed = parse(Recipe, with_values(data, values), recipe)
     from trainer.importer.folder import import_file
+    from trainer.importer.unseen import line
 
-    sys.stdout.write(to_yaml(asdict(import_file(file, parsed, out))))
+    imported = import_file(file, parsed, out)
+    sys.stdout.write(to_yaml(asdict(imported)))
+    sys.stderr.write(f"{line(imported.assumed)}\n")
 
 
 @app.command()
@@ -53,7 +57,10 @@ def score(
         str, typer.Argument(help="A final's id, or the folder of an artifact or an import.")
     ],
     data: Annotated[
-        str | None, typer.Option(help="The dataset whose val split is scored; default: embedded.")
+        str | None,
+        typer.Option(
+            help="The dataset whose val split is scored; default, but for an import: embedded."
+        ),
     ] = None,
     tokens: Annotated[
         Path | None, typer.Option(help="Score these ids instead: a .npy or a shard.")
@@ -61,7 +68,12 @@ def score(
     tokenizer: Annotated[
         Path | None, typer.Option(help="The SentencePiece model that made --tokens.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Score only the first so many targets.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help="Score only the first so many targets; variant A counts their tail again."
+        ),
+    ] = None,
     window: Annotated[int | None, typer.Option(help="Tokens a window reads.")] = None,
     stride: Annotated[int | None, typer.Option(help="Predictions a later window scores.")] = None,
     variant: Annotated[

@@ -12,9 +12,10 @@ from trainer.codec import dump, parse
 from trainer.data.prepare import EMBEDDED_NAME
 from trainer.data.shards import open_shard
 from trainer.errors import DataError, UsageError
-from trainer.importer.folder import is_imported_bank, load_bank
-from trainer.protocol import SHARD_MAGIC
-from trainer.run import Text, load_artifact, score_state, val_text
+from trainer.finalize.artifact import read_weights
+from trainer.importer.folder import WEIGHTS_FILE, is_imported_bank, load_bank
+from trainer.protocol import SHARD_MAGIC, UNKNOWN_TOKENIZER
+from trainer.run import Text, check_tokenizer, score_state, val_text
 from trainer.runtime.distributed import current
 from trainer.runtime.files import read_json
 from trainer.specs.evaluate import EvaluateSpec
@@ -37,11 +38,14 @@ class Source:
     limit: int | None = None
 
 
-def model_of(paths: Paths, ref: str) -> tuple[Path, EvaluateSpec | None]:
+def model_of(paths: Paths, ref: str) -> tuple[Path, Path | None]:
     """Find a model by path or by its final's id (or a unique start of it).
 
-    A final also tells how it was scored. UsageError when nothing or more than one fits.
+    Returns its folder, and that of the final where it was found by id. UsageError when nothing or
+    more than one fits.
     """
+    if not ref:
+        raise UsageError("'': give a path, or a final's id as `fairway best` prints it")
     if Path(ref).exists():
         path = Path(ref)
         return (path if path.is_dir() else path.parent), None
@@ -52,9 +56,7 @@ def model_of(paths: Paths, ref: str) -> tuple[Path, EvaluateSpec | None]:
             f"{ref}: no such artifact, and {len(matching)} finals in {paths.store} start so; "
             "give a path, or a final's id as `fairway best` prints it"
         )
-    folder = matching[0]
-    task = parse(FinalTask, read_json(folder / "task.json"), str(folder / "task.json"))
-    return folder / "artifact", task.evaluate
+    return matching[0] / "artifact", matching[0]
 
 
 def rescore(
@@ -64,19 +66,40 @@ def rescore(
 
     `asked` may set window, stride, variant.
     """
-    folder, known = model_of(paths, ref)
-    wanted = {**(dump(known) if known else {}), **asked}
+    folder, final = model_of(paths, ref)
+    wanted = {**(_evaluated(final) if final else {}), **asked}
     if "window" not in wanted:
         raise UsageError(f"{folder}: say how long a window the model was trained on: --window")
     wanted.setdefault("stride", wanted["window"])
     spec = parse(EvaluateSpec, wanted, "score")
-    text = text_of(paths, source)
     if is_imported_bank(folder):
         model, state = load_bank(folder)
+        tokenizer = UNKNOWN_TOKENIZER
     else:
-        model, state = load_artifact(folder, text.tokenizer)
+        model, state, facts = read_weights(folder / WEIGHTS_FILE)
+        tokenizer = facts.tokenizer_sha256
+    if tokenizer == UNKNOWN_TOKENIZER and source == Source(limit=source.limit):
+        raise UsageError(
+            f"{folder}: its tokenizer is not known; name a text of it, --tokens with --tokenizer "
+            "or --data"
+        )
+    text = text_of(paths, source)
+    check_tokenizer(tokenizer, text.tokenizer, folder / WEIGHTS_FILE)
     score, _ = score_state(model, state, text, spec, current(), dtype=dtype)
     return {"artifact": str(folder), **dump(score)}
+
+
+def _evaluated(final: Path) -> dict[str, Any]:
+    """How a final was scored."""
+    path = final / "task.json"
+    try:
+        return dump(parse(FinalTask, read_json(path), str(path)).evaluate)
+    except DataError:
+        raise
+    except UsageError as error:
+        raise DataError(
+            f"{path}: made by another version of the spec; finalize it again"
+        ) from error
 
 
 def text_of(paths: Paths, source: Source) -> Text:
@@ -104,6 +127,8 @@ def text_of(paths: Paths, source: Source) -> Text:
 def read_tokens(path: Path) -> np.ndarray:
     """Read token ids from a .npy of one row of integers, or from a shard; told by content."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would wait for ever
+            raise DataError(f"{path}: not a regular file; give a .npy or a shard")
         with path.open("rb") as file:
             head = file.read(len(_NPY_MAGIC))
     except OSError as error:
@@ -113,12 +138,24 @@ def read_tokens(path: Path) -> np.ndarray:
     if head != _NPY_MAGIC:
         raise DataError(f"{path}: neither a .npy of token ids nor a shard; give one of them")
     try:
-        ids = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: not a whole .npy ({str(error)[:200]}); write it again") from error
+        # Mapped, so that a header which claims more than the file has costs no memory.
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    # The file is foreign bytes: the reader raises whatever it stumbles over.
+    except Exception as error:
+        raise DataError(
+            f"{path}: not a whole .npy ({_first_line(error)}); write it again"
+        ) from error
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise DataError(f"{path}: {ids.dtype} of shape {ids.shape}; expected one row of integers")
+        raise DataError(
+            f"{path}: {ids.dtype} of shape {ids.shape}, expected one row of integers; write it so"
+        )
     # What is beyond int64 is beyond any vocabulary.
-    if ids.size < 2 or int(ids.min()) < 0 or int(ids.max()) >= 2**31:
-        raise DataError(f"{path}: expected two or more ids from 0 up, of a vocabulary")
+    if not 2 <= ids.size < 2**31 or int(ids.min()) < 0 or int(ids.max()) >= 2**31:
+        raise DataError(
+            f"{path}: expected two or more ids from 0 up, of a vocabulary; write it again"
+        )
     return ids.astype(np.int64)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]

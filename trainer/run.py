@@ -112,7 +112,9 @@ def check_parity(training: Path, dataset: Dataset, folder: Path, ranks: Ranks) -
     model = build(task.model, dtype=task.train.dtype)
     load_state(model, load_tensors(training / "bank", trained.parity_entry))
     spec = EvaluateSpec(window=task.parity_window, stride=task.parity_window)
-    totals = _score(model, val_text(dataset), spec, ranks)
+    text = val_text(dataset)
+    table = ByteTable.load(text.tokenizer, task.model.vocab_size)
+    totals = _score(model, text, spec, ranks, table)
     fresh = bits_per_byte(totals)
     rule = audit.parity(trained.parity_bpb, fresh, trained.parity_tolerance)
     result = ParityResult(fresh_bpb=fresh, rule=rule)
@@ -190,13 +192,18 @@ def load_artifact(folder: Path, tokenizer: Path) -> tuple[ModelSpec, dict[str, T
     """
     path = folder / "weights.fw"
     model, state, facts = read_weights(path)
-    given = sha256_file(tokenizer)
-    if facts.tokenizer_sha256 not in (given, UNKNOWN_TOKENIZER):
-        raise DataError(
-            f"{path}: made with another tokenizer ({facts.tokenizer_sha256[:12]}) than "
-            f"{tokenizer} ({given[:12]})"
-        )
+    check_tokenizer(facts.tokenizer_sha256, tokenizer, path)
     return model, state
+
+
+def check_tokenizer(sha256: str, tokenizer: Path, path: Path) -> None:
+    """Raise DataError if the weights at `path` name another tokenizer than this; some name none."""
+    given = sha256_file(tokenizer)
+    if sha256 not in (given, UNKNOWN_TOKENIZER):
+        raise DataError(
+            f"{path}: made with another tokenizer ({sha256[:12]}) than {tokenizer} ({given[:12]}); "
+            "score a text of its own"
+        )
 
 
 def score_state(
@@ -208,17 +215,24 @@ def score_state(
     *,
     dtype: str,
 ) -> tuple[Score, Totals]:
-    """Score a text with a fresh model of this state; DataError for ids that it has no row for."""
+    """Score a text with a fresh model of this state; DataError for ids that it has no row for, and
+    for a tokenizer that would give such ids: its table counts another text's bytes."""
     largest = int(text.tokens.max(initial=0))
     if largest >= spec.vocab_size:
         raise DataError(
             f"{text.where}: token id {largest}, but the model's vocab_size is {spec.vocab_size}; "
             "score tokens of its own tokenizer"
         )
+    table = ByteTable.load(text.tokenizer, spec.vocab_size)
+    if len(table.lut) > spec.vocab_size:
+        raise DataError(
+            f"{text.tokenizer}: {len(table.lut)} tokens, but the model's vocab_size is "
+            f"{spec.vocab_size}; give the tokenizer that the model was trained with"
+        )
     model = build(spec, dtype=dtype)
     load_state(model, dict(state))
     started = time.monotonic()
-    totals = _score(model, text, evaluate, ranks)
+    totals = _score(model, text, evaluate, ranks, table)
     if totals.bytes == 0:
         raise DataError(f"{text.where}: the scored tokens stand for no text; score more of them")
     score = Score(
@@ -231,8 +245,7 @@ def score_state(
     return score, totals
 
 
-def _score(model: GPT, text: Text, spec: EvaluateSpec, ranks: Ranks) -> Totals:
-    table = ByteTable.load(text.tokenizer, model.plan.spec.vocab_size)
+def _score(model: GPT, text: Text, spec: EvaluateSpec, ranks: Ranks, table: ByteTable) -> Totals:
     model.to(ranks.device)
     return score_stream(model, text.tokens, table, spec, ranks)
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from tests import golden_pr414, public_files, tiny
 from trainer.codec import dump, to_yaml
 from trainer.data.shards import write_shard
 from trainer.finalize.artifact import read_weights
+from trainer.importer.unseen import unseen
 from trainer.protocol import UNKNOWN_TOKENIZER
 
 FOLDER = golden_pr414.FOLDER
@@ -167,11 +169,12 @@ def test_an_import_says_what_it_made(bank):
     assert document == {
         "kind": "bank",
         "form": "state dict",
-        "path": str(folder / "bank/raw.pt"),
+        "path": str(folder),
         "tensors": 61,
         "integer_tensors": 0,
         "parameters": 4_685_021,
         "bytes": (folder / "bank/raw.pt").stat().st_size,
+        "assumed": unseen(golden_pr414.model_spec()),
     }
 
 
@@ -184,6 +187,29 @@ def test_a_shard_scores_as_the_same_tokens_in_an_array(bank, tmp_path):
     by_array = scored(bank[0], "--limit", 512)
     found = json.loads(by_shard.out)
     assert (found["val_bpb"], found["tokens"]) == (by_array["val_bpb"], 512)
+
+
+def npy_header(num_ids: int) -> bytes:
+    """A .npy that declares so many ids and holds two."""
+    header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': ({num_ids},)}}".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(16)
+
+
+def test_what_the_lines_say_leads_from_the_full_recipe_to_the_file_in_two_rounds(tmp_path):
+    words: list[object] = []
+    for _ in range(2):
+        done = fairway("import", CHECKPOINT, "--recipe", "pr414", *words, "-o", tmp_path / "out")
+        for line in done.lines:
+            hints = line.partition("; set ")[2].partition(" (")[0]
+            words += [word for hint in hints.split(" and ") if hint for word in ("-S", hint)]
+    done = fairway("import", CHECKPOINT, "--recipe", "pr414", *words, "-o", tmp_path / "out")
+
+    assert done.status == 0, done.lines
+    assert set(SMALL) - set(map(str, words)) == {"model.attention.xsa.last=3"}  # no tensor tells
+    (line,) = done.lines
+    assert line.startswith("no tensor tells these, check them: ")
+    assert "model.attention.xsa.last=4" in line
+    assert "model.softcap.cap=30.0" in line
 
 
 # What is refused is shown on a micro model: nothing of it depends on the weights.
@@ -226,6 +252,136 @@ def test_an_import_that_was_cut_short_is_taken_up(micro):
 
     assert micro_import(micro).status == 0
     assert (micro / "bank/bank/index.json").is_file()
+
+
+def test_our_own_leftover_is_not_something_else(micro):
+    (micro / "killed").mkdir()
+    (micro / "killed/.import.json.123.tmp").write_text("{", encoding="utf-8")
+
+    assert micro_import(micro, out="killed").status == 0
+
+
+@pytest.mark.parametrize("missing", ["bank/index.json", "recipe.yaml"])
+def test_an_import_that_was_cut_short_is_not_scored(micro, missing):
+    (micro / "bank" / missing).unlink()
+
+    done = fairway("score", micro / "bank", *TEXT, "--window", 64)
+
+    assert (done.status, done.lines) == (
+        2,
+        [f"{micro / 'bank'}: the import was cut short; import the file again"],
+    )
+
+
+@pytest.mark.parametrize("out", ["model.pt/sub", "model.pt"])
+def test_a_folder_that_cannot_be_made_is_one_line(micro, out):
+    done = micro_import(micro, out=out)
+
+    assert (done.status, done.out, len(done.lines)) == (2, "", 1)
+    assert done.lines[0].startswith(f"{micro / out}: ")
+    assert done.lines[0].endswith("with -o")
+
+
+def test_layers_that_a_final_keeps_as_floats_do_not_stop_an_import(micro):
+    data = tiny.recipe_data({"final.quantize.float16_keys": [5]})
+    data["model"] = dump(replace(SPEC, num_layers=6))
+    (micro / "recipe.yaml").write_text(to_yaml(data), encoding="utf-8")
+
+    assert micro_import(micro, "model.pt", "-S", "model.num_layers=3", out="other").status == 0
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_an_import_without_a_text_is_not_scored_on_some_other(micro, is_quantized):
+    if is_quantized:
+        state = public_files.mixed(public_files.random_state(SPEC), {"tok_emb.weight": 8})
+        public_files.write(micro / "model.ptz", state)
+        assert micro_import(micro, "model.ptz", out="int8").status == 0
+    folder = micro / ("int8" if is_quantized else "bank")
+
+    done = fairway("score", folder, "--window", 64, "--home", micro / "home")
+
+    assert (done.status, done.lines) == (
+        2,
+        [
+            f"{folder}: its tokenizer is not known; name a text of it, --tokens with --tokenizer "
+            "or --data"
+        ],
+    )
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_is_refused(micro):
+    public_files.write(micro / "small.pt", public_files.random_state(replace(SPEC, vocab_size=512)))
+    words = ("-S", "model.vocab_size=512")
+    assert micro_import(micro, "small.pt", *words, out="small").status == 0
+    np.save(micro / "tokens.npy", np.array([1, 400, 500]))
+
+    done = fairway("score", micro / "small", "--tokens", micro / "tokens.npy", *TEXT[2:],
+                   "--window", 64)  # fmt: skip
+
+    assert (done.status, done.lines) == (
+        2,
+        [
+            f"{TEXT[3]}: 1024 tokens, but the model's vocab_size is 512; give the tokenizer that "
+            "the model was trained with"
+        ],
+    )
+
+
+@pytest.mark.parametrize("verb", [("score", "", "--window", 64), ("audit", "")])
+def test_nothing_is_not_the_current_folder(micro, verb, monkeypatch):
+    monkeypatch.chdir(micro / "bank")
+
+    done = fairway(*verb)
+
+    assert (done.status, len(done.lines)) == (2, 1)
+    assert done.lines[0].startswith("'': give a path")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "3", "[1]", '[{"id": "a"}]'])
+def test_an_audit_that_is_none_is_one_line(tmp_path, content):
+    (tmp_path / "audit.json").write_text(content, encoding="utf-8")
+
+    done = fairway("audit", tmp_path)
+
+    assert (done.status, done.out, len(done.lines)) == (2, "", 1)
+    assert done.lines[0].startswith(f"{tmp_path / 'audit.json'}: ")
+
+
+@pytest.fixture
+def old_final(tmp_path):
+    """A home with a final that another version of the spec described."""
+    folder = tmp_path / "store/finals/abc"
+    (folder / "artifact").mkdir(parents=True)
+    rule = {"id": "parity", "verdict": "pass", "detail": "equal", "source": "us"}
+    (folder / "result.json").write_text("{}", encoding="utf-8")
+    (folder / "task.json").write_text('{"entry": "raw", "colour": 3}', encoding="utf-8")
+    (folder / "audit.json").write_text(json.dumps([rule]), encoding="utf-8")
+    return folder
+
+
+def test_the_audit_of_an_older_final_is_shown(old_final, tmp_path):
+    done = fairway("audit", "abc", "--home", tmp_path)
+
+    assert (done.status, done.out) == (0, "pass         parity  equal\n")
+
+
+def test_an_older_final_is_not_scored(old_final, tmp_path):
+    done = fairway("score", "abc", "--home", tmp_path)
+
+    assert (done.status, done.lines) == (
+        2,
+        [f"{old_final / 'task.json'}: made by another version of the spec; finalize it again"],
+    )
+
+
+@pytest.mark.parametrize("index", ['["raw"]', "3", '{"raw": 1}'])
+def test_a_bank_s_index_that_is_none_is_one_line(micro, index):
+    path = micro / "bank/bank/index.json"
+    path.write_text(index, encoding="utf-8")
+
+    done = fairway("score", micro / "bank", *TEXT, "--window", 64)
+
+    assert done.lines == [f"{path}: not a checksum for each file; import the file again"]
 
 
 @pytest.mark.parametrize("other", ["file", "recipe", "folder"])
@@ -275,6 +431,7 @@ def test_options_that_contradict_are_one_line_and_exit_2(micro, words, reason):
         (np.array([1.0, 2.0]), "expected one row of integers"),
         (np.array([5, 1, 1]), "the scored tokens stand for no text"),
         (np.array(["a", None]), "not a whole .npy"),
+        (npy_header(10**14), "not a whole .npy"),
         (b"\x93NUMPY\x01\x00", "not a whole .npy"),
         (b"some text", "neither a .npy of token ids nor a shard"),
         (None, "No such file"),

@@ -226,7 +226,8 @@ def test_a_missing_tensor_is_one_line_with_its_name_and_shape(path):
     public_files.write(path, state)
 
     assert refused(path) == [
-        "tensor 'blocks.1.mlp.fc.weight' is missing, the recipe needs shape (64, 32)"
+        "tensor 'blocks.1.mlp.fc.weight' is missing, the recipe needs shape (64, 32); import "
+        "another file or name its own recipe with --recipe"
     ]
 
 
@@ -234,7 +235,8 @@ def test_an_extra_tensor_is_one_line_with_its_name_and_shape(path):
     public_files.write(path, public_files.random_state(SPEC) | {"blocks.0.extra": torch.ones(3)})
 
     assert refused(path) == [
-        "tensor 'blocks.0.extra' of shape (3,) has no place in the recipe's model"
+        "tensor 'blocks.0.extra' of shape (3,) has no place in the recipe's model; import another "
+        "file or name its own recipe with --recipe"
     ]
 
 
@@ -311,7 +313,7 @@ def test_a_value_that_is_no_number_is_refused(path, value):
     public_files.write(path, state)
 
     assert refused(path) == [
-        "'blocks.0.resid_mix' holds NaN or infinity; import another checkpoint"
+        "tensor 'blocks.0.resid_mix' holds NaN or infinity; import another checkpoint"
     ]
 
 

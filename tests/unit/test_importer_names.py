@@ -9,19 +9,24 @@ from trainer.blueprint import blueprint
 from trainer.errors import UsageError
 from trainer.importer.hints import settings_for_part, settings_for_shape
 from trainer.importer.names import common_prefix, public_tensors, shared_copies
+from trainer.importer.unseen import unseen
 from trainer.sizes import tensor_sizes
 from trainer.specs.model import (
     Attention,
     DtgGate,
     HashEmbedding,
     LnScale,
+    Mlp,
     ModelSpec,
     Mtp,
+    Recurrence,
     SharedKv,
     SmearV1,
     SmearV2,
+    SwiGlu,
     UntiedHead,
     ValueEmbedding,
+    Xsa,
 )
 
 
@@ -112,11 +117,20 @@ BASE = tiny.full_model(bigram=HashEmbedding(num_buckets=32, dim=8))
         ("bigram.embed.weight", (32, 4), ("model.bigram.dim=4",)),
         ("tok_emb.weight", (80, 32), ("model.vocab_size=80",)),
         ("tok_emb.weight", (64, 48), ("model.dim=48",)),
-        ("blocks.0.attn.q_gain", (2,), ("model.attention.num_heads=2",)),
+        (
+            "blocks.0.attn.q_gain",
+            (2,),
+            ("model.attention.num_heads=2", "model.attention.num_kv_heads=1"),
+        ),
         ("blocks.0.attn.c_k.weight", (8, 32), ("model.attention.num_kv_heads=1",)),
         ("blocks.0.mlp.fc.weight", (96, 32), ("model.mlp.mult=3",)),
         ("blocks.0.mlp.proj.weight", (32, 96), ("model.mlp.mult=3",)),
         ("blocks.0.mlp.fc.weight", (64, 32, 1), ()),
+        # What no recipe can be, or one tensor alone says of all.
+        ("tok_emb.weight", (0, 32), ()),
+        ("bigram.embed.weight", (1, 8), ()),
+        ("skip_weights", (1, 7), ()),
+        ("blocks.0.attn_scale", (7,), ()),
     ],
 )
 def test_a_wrong_shape_names_the_field_that_sets_it(tensor, shape, settings):
@@ -164,3 +178,64 @@ def test_a_tensor_that_the_recipe_has_but_the_file_lost_names_no_field():
     del shapes["blocks.1.mlp.fc.weight"]
 
     assert settings_for_part("blocks.1.mlp.fc.weight", shapes, BASE) == ()
+
+
+@pytest.mark.parametrize("layer", ["99999", "7" * 5000])
+def test_a_layer_that_stands_alone_is_no_depth(layer):
+    name = f"blocks.{layer}.attn_scale"
+
+    assert settings_for_part(name, shapes_of(BASE) | {name: (32,)}, BASE) == ()
+
+
+def test_a_smaller_depth_takes_along_what_counts_layers():
+    attention = Attention(num_heads=4, num_kv_heads=2, xsa=Xsa(last=5), shared_kv=SharedKv(last=2))
+    deep = replace(
+        BASE,
+        num_layers=6,
+        attention=attention,
+        value_embedding=ValueEmbedding(dim=8, last=4),
+        recurrence=Recurrence(first=3, last=4),
+    )
+    file = replace(BASE, value_embedding=ValueEmbedding(dim=8, last=1))
+
+    assert settings_for_part("blocks.5.mlp.fc.weight", shapes_of(file), deep) == (
+        "model.num_layers=3",
+        "model.attention.xsa.last=3",
+        "model.value_embedding.last=1",
+        "model.attention.shared_kv=null",
+        "model.recurrence=null",
+    )
+
+
+@pytest.mark.parametrize(("hidden", "dim"), [(1000, 384), (1365, 512), (2047, 768), (29, 100)])
+def test_a_hinted_mult_gives_the_hidden_width_to_the_unit(hidden, dim):
+    heads = Attention(num_heads=2, num_kv_heads=1)
+    spec = replace(BASE, dim=dim, attention=heads)
+    wanted = next(t for t in public_tensors(blueprint(spec)) if t.name == "blocks.0.mlp.fc.weight")
+    shapes = shapes_of(spec) | {wanted.name: (hidden, dim)}
+
+    (setting,) = settings_for_shape(wanted, shapes, spec)
+
+    assert int(float(setting.removeprefix("model.mlp.mult=")) * dim) == hidden
+
+
+def test_what_no_tensor_tells_is_named_with_its_value():
+    assert unseen(golden_pr414.model_spec()) == {
+        "model.mlp.activation.kind": "relu2",
+        "model.attention.rope.dims": 16,
+        "model.attention.rope.base": 10_000.0,
+        "model.attention.rope.ntk_reference": 1024,
+        "model.attention.xsa.last": 3,
+        "model.ln_scale.learned": False,
+        "model.recurrence": "null",
+        "model.softcap.cap": 30.0,
+        "model.smear.before_norm": False,
+    }
+
+
+def test_heads_without_a_gain_are_taken_on_trust_and_a_gated_mlp_is_not():
+    found = unseen(tiny.bare_model(mlp=Mlp(activation=SwiGlu())))
+
+    assert found["model.attention.num_heads"] == 2
+    assert found["model.attention.xsa"] == "null"
+    assert "model.mlp.activation.kind" not in found

@@ -11,6 +11,7 @@ import lzma
 import pickle
 import re
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,10 +26,23 @@ from trainer.errors import DataError
 
 MAX_BYTES: Final = 2**31  # of the file, and of what it unpacks to
 MAX_MEMORY: Final = 2**31  # a decoder's own: long-distance windows are as large as the file
+MAX_TENSORS: Final = 2000  # a hundred layers have half of them
+MAX_NAME: Final = 200  # characters
 BASELINE_FORMAT: Final = "int8_clean_per_row_v1"
 _INTEGERS = re.compile(r"int([2-8])")
 _PASSTHROUGH = ("passthrough", "passthrough_ctrl", "passthrough_fp16")
 _FORMS = "a state dict, or a quantized file, of a public script"
+_INSTEAD = "import the script's state dict instead"
+_AGAIN = "copy the file again"
+_WIDTHS = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+_FEED = 4096  # compressed bytes given at a time: one byte of zstd can stand for 32 KiB
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,12 +105,16 @@ def read_public(path: Path) -> PublicFile:
         form, tensors = "state dict", {n: _float(t, n, where) for n, t in content.items()}
     if not tensors:
         raise DataError(f"{where}: holds no tensor; give {_FORMS}")
+    if len(tensors) > MAX_TENSORS:
+        raise DataError(f"{where}: {len(tensors)} tensors exceed {MAX_TENSORS}; give {_FORMS}")
     return PublicFile(form, MappingProxyType(tensors), hashlib.sha256(raw).hexdigest())
 
 
 def _read_bytes(path: Path) -> bytes:
     try:
         size = path.stat().st_size
+        if not path.is_file():  # a device or a pipe may never end
+            raise DataError(f"{path}: not a regular file; give {_FORMS}")
         if size > MAX_BYTES:
             raise DataError(f"{path}: {size} bytes exceed {MAX_BYTES}; give {_FORMS}")
         return path.read_bytes()
@@ -112,7 +130,7 @@ def _unpacked(raw: bytes, where: str) -> bytes:
     try:
         content = _COMPRESSORS[found][1](raw)
     except (lzma.LZMAError, zlib.error, EOFError, ValueError) as error:
-        raise DataError(f"{where}: broken {found} stream ({error}); copy the file again") from error
+        raise DataError(f"{where}: broken {found} stream ({error}); {_AGAIN}") from error
     if len(content) > MAX_BYTES:
         raise DataError(f"{where}: unpacks to more than {MAX_BYTES} bytes; give {_FORMS}")
     return content
@@ -121,32 +139,37 @@ def _unpacked(raw: bytes, where: str) -> bytes:
 def _unxz(raw: bytes) -> bytes:
     stream = lzma.LZMADecompressor(memlimit=MAX_MEMORY)
     content = stream.decompress(raw, MAX_BYTES + 1)
-    return _whole(content, stream.eof)
+    return _whole(content, stream.eof, stream.unused_data)
 
 
 def _inflate(raw: bytes) -> bytes:
     stream = zlib.decompressobj()
     content = stream.decompress(raw, MAX_BYTES + 1)
-    return _whole(content, stream.eof)
+    return _whole(content, stream.eof, stream.unused_data)
 
 
 def _unzstd(raw: bytes) -> bytes:
     import zstandard
 
+    stream = zstandard.ZstdDecompressor(max_window_size=MAX_MEMORY).decompressobj()
+    content, start = io.BytesIO(), 0
     try:
-        declared = zstandard.get_frame_parameters(raw).content_size
-        decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_MEMORY)
-        with decompressor.stream_reader(io.BytesIO(raw)) as reader:
-            content = reader.read(MAX_BYTES + 1)
+        while start < len(raw) and not stream.eof and content.tell() <= MAX_BYTES:
+            content.write(stream.decompress(raw[start : start + _FEED]))
+            start += _FEED
     except zstandard.ZstdError as error:
         raise ValueError(error) from error
-    is_known = declared not in (zstandard.CONTENTSIZE_UNKNOWN, zstandard.CONTENTSIZE_ERROR)
-    return _whole(content, not is_known or len(content) >= declared)
+    return _whole(content.getvalue(), stream.eof, stream.unused_data or raw[start:])
 
 
-def _whole(content: bytes, is_whole: bool) -> bytes:
-    if not is_whole and len(content) <= MAX_BYTES:
+def _whole(content: bytes, is_whole: bool, unused: bytes) -> bytes:
+    """What a stream held, if it came to its end and nothing follows; too much is told later."""
+    if len(content) > MAX_BYTES:
+        return content
+    if not is_whole:
         raise EOFError("it ends early")
+    if unused:
+        raise ValueError("bytes follow its end")
     return content
 
 
@@ -165,19 +188,43 @@ def _load(content: bytes, where: str) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if content.startswith(b"PK"):
+                _check_archive(content, where)
             loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise DataError(
             f"{where}: holds more than tensors and plain containers, or is damaged; nothing was "
             "executed, save its state dict and import that"
         ) from error
-    # The file is foreign bytes: torch's readers raise whatever they stumble over.
+    except DataError:
+        raise
+    # The file is foreign bytes: its readers raise whatever they stumble over.
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise DataError(f"{where}: damaged ({reason}); copy the file again") from error
-    if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
+        raise DataError(f"{where}: damaged ({reason}); {_AGAIN}") from error
+    if not _is_by_name(loaded):
         raise DataError(f"{where}: not a dict by name; give {_FORMS}")
     return loaded
+
+
+def _check_archive(content: bytes, where: str) -> None:
+    """Refuse what torch.save never writes, a compressed part, and a part whose checksum differs:
+    torch unpacks the one to any size and overlooks the other."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        parts = archive.infolist()
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            raise DataError(f"{where}: its archive is compressed within; give {_FORMS}")
+        if sum(part.file_size for part in parts) > MAX_BYTES:
+            raise DataError(f"{where}: unpacks to more than {MAX_BYTES} bytes; give {_FORMS}")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise DataError(f"{where}: damaged (checksum of {damaged[:80]!r} differs); {_AGAIN}")
+
+
+def _is_by_name(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and len(name) <= MAX_NAME for name in value
+    )
 
 
 def _mixed(content: dict[str, Any], where: str) -> dict[str, Tensor | Integers]:
@@ -194,7 +241,7 @@ def _mixed(content: dict[str, Any], where: str) -> dict[str, Tensor | Integers]:
         known |= {q, scale}
     foreign = sorted(set(weights) - known)
     if foreign:
-        raise DataError(f"{where}: tensor {foreign[0]!r} is not in the file's meta")
+        raise DataError(f"{where}: tensor {foreign[0]!r} is not in the file's meta; {_INSTEAD}")
     return tensors
 
 
@@ -202,21 +249,28 @@ def _integers(q: Any, scale: Any, kind: Any, at: tuple[str, str]) -> Integers:
     """Check one quantized tensor; `kind` is what the meta says of it."""
     name, where = at
     plain = kind if isinstance(kind, dict) else {}
-    match = _INTEGERS.fullmatch(str(plain.get("type")))
+    named = plain.get("type", kind)
+    match = _INTEGERS.fullmatch(named) if isinstance(named, str) and plain else None
     if match is None:
-        shown = str(kind)[:80]
-        raise DataError(f"{where}: tensor {name!r} is stored in an unknown way ({shown})")
+        shown = _shown(named)
+        raise DataError(
+            f"{where}: tensor {name!r} is stored in an unknown way ({shown}); {_INSTEAD}"
+        )
     if "block_size" in plain:
-        raise DataError(f"{where}: tensor {name!r} has scales per block; only rows are read")
+        raise DataError(
+            f"{where}: tensor {name!r} has scales per block, only rows are read; {_INSTEAD}"
+        )
     if not (_is_plain(q) and _is_plain(scale) and scale.is_floating_point()):
-        raise DataError(f"{where}: tensor {name!r} lacks its .q or its .scale")
+        raise DataError(f"{where}: tensor {name!r} lacks its .q or its .scale; {_AGAIN}")
     bits, is_packed = int(match[1]), q.dtype == torch.uint8
     if not (q.dtype == torch.int8 or (is_packed and bits == 4 and q.ndim > 0)):
-        raise DataError(f"{where}: tensor {name!r} has {bits}-bit integers in {q.dtype}")
+        raise DataError(
+            f"{where}: tensor {name!r} has {bits}-bit integers in {q.dtype}; {_INSTEAD}"
+        )
     if scale.ndim > 1 or (scale.ndim == 1 and tuple(scale.shape) != tuple(q.shape[:1])):
         raise DataError(
             f"{where}: tensor {name!r} of shape {tuple(q.shape)} has scales of shape "
-            f"{tuple(scale.shape)}; expected one per row"
+            f"{tuple(scale.shape)}, expected one per row; {_INSTEAD}"
         )
     return Integers(q, scale, bits, is_packed, _num_columns(q, plain, at) if is_packed else None)
 
@@ -228,13 +282,23 @@ def _num_columns(q: Tensor, meta: dict[str, Any], at: tuple[str, str]) -> int | 
         case [*_, int(width)] if (width + 1) // 2 == q.shape[-1]:
             return width
         case shape:
-            raise DataError(f"{at[1]}: tensor {at[0]!r} does not pack {str(shape)[:80]}")
+            raise DataError(
+                f"{at[1]}: tensor {at[0]!r} of {tuple(q.shape)} bytes does not pack its "
+                f"orig_shape ({_shown(shape)}); {_INSTEAD}"
+            )
+
+
+def _shown(value: Any) -> str:
+    """A short text as it is; of anything else the type: nested containers print without end."""
+    return repr(value[:80]) if isinstance(value, str) else type(value).__name__
 
 
 def _baseline(content: dict[str, Any], where: str) -> dict[str, Tensor | Integers]:
     form = content["__quant_format__"]
-    if form != BASELINE_FORMAT:
-        raise DataError(f"{where}: format {str(form)[:80]!r} is not known, {BASELINE_FORMAT!r} is")
+    if not isinstance(form, str) or form != BASELINE_FORMAT:
+        raise DataError(
+            f"{where}: format {_shown(form)} is not known, {BASELINE_FORMAT!r} is; {_INSTEAD}"
+        )
     scales = _part(content, "scales", where)
     tensors: dict[str, Tensor | Integers] = {
         name: _integers(q, scales.get(name), {"type": "int8"}, (name, where))
@@ -242,23 +306,26 @@ def _baseline(content: dict[str, Any], where: str) -> dict[str, Tensor | Integer
     }
     for name, value in _part(content, "passthrough", where).items():
         if name in tensors:
-            raise DataError(f"{where}: tensor {name!r} is given twice")
+            raise DataError(f"{where}: tensor {name!r} is given twice; {_INSTEAD}")
         tensors[name] = _float(value, name, where)
     return tensors
 
 
 def _part(content: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     part = content.get(key)
-    if not isinstance(part, dict) or not all(isinstance(name, str) for name in part):
+    if not isinstance(part, dict) or not _is_by_name(part):
         raise DataError(f"{where}: its {key!r} is not a dict by name; give {_FORMS}")
     return part
 
 
 def _float(value: Any, name: str, where: str) -> Tensor:
     if not _is_plain(value):
-        raise DataError(f"{where}: {name!r} is missing or no tensor; give {_FORMS}")
-    if not value.is_floating_point():
-        raise DataError(f"{where}: tensor {name!r} is {value.dtype}; expected a float")
+        raise DataError(f"{where}: {name!r} is missing or no plain tensor; give {_FORMS}")
+    if value.dtype not in _WIDTHS:
+        raise DataError(
+            f"{where}: tensor {name!r} is {value.dtype}, expected a float; import a file of "
+            "weights only"
+        )
     return value
 
 
@@ -268,4 +335,7 @@ def _is_plain(value: Any) -> bool:
         and value.layout == torch.strided
         and value.device.type == "cpu"
         and not value.is_quantized
+        and not value.is_nested
+        # A view that repeats a few bytes would be written out in full.
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
     )

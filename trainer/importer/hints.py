@@ -4,8 +4,9 @@ A fault of one tensor is answered with the recipe fields that would make it fit,
 names and shapes of the whole file.
 """
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from trainer.importer.names import PublicTensor
 from trainer.specs.model import ModelSpec, SharedKv, SmearV1, SmearV2, SwiGlu
@@ -14,7 +15,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 Settings = tuple[str, ...]
 Rule = Callable[[Shapes, ModelSpec], Settings]
 
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"blocks\.(\d{1,6})\.(.+)")
+_IMPOSSIBLE = re.compile(r".*=(0|-.*)|.*\.num_buckets=1")
 
 
 def settings_for_shape(wanted: PublicTensor, shapes: Shapes, spec: ModelSpec) -> Settings:
@@ -27,56 +29,114 @@ def settings_for_shape(wanted: PublicTensor, shapes: Shapes, spec: ModelSpec) ->
     found: list[str] = []
     for axis in differing:
         found += _axis_settings(axis, sizes[axis], shapes, spec)
-    return tuple(dict.fromkeys(found))
+    return _possible(found)
 
 
 def settings_for_part(name: str, shapes: Shapes, spec: ModelSpec) -> Settings:
     """Name the fields that would make a missing tensor needless, or find an extra one its place."""
     block = _BLOCK.fullmatch(name)
     if block is not None:
-        layers = _num_layers(shapes)
+        layers = _num_layers(shapes, spec)
         if layers != spec.num_layers and int(block[1]) >= min(layers, spec.num_layers):
-            return (f"model.num_layers={layers}",)
+            return _possible(_layer_settings(layers, shapes, spec))
     part = block[2] if block is not None else name
     for start, settings in _PARTS.items():
         if part.startswith(start):
-            return settings(shapes, spec)
+            return _possible(settings(shapes, spec))
     return ()
 
 
-def _num_layers(shapes: Shapes) -> int:
-    found = [int(block[1]) for name in shapes if (block := _BLOCK.fullmatch(name))]
-    return 1 + max(found, default=-1)
+def _possible(settings: Iterable[str]) -> Settings:
+    """Each setting once. Of a setting that no recipe takes, none: the file is not what it seems."""
+    once = tuple(dict.fromkeys(settings))
+    return () if any(_IMPOSSIBLE.fullmatch(setting) for setting in once) else once
 
 
-def _axis_settings(axis: str, size: int, shapes: Shapes, spec: ModelSpec) -> list[str]:
-    """The file's own width and head count are what its other sizes are multiples of."""
-    dim = shapes.get("tok_emb.weight", (0, spec.dim))[-1] or spec.dim
-    heads = shapes.get("blocks.0.attn.q_gain", (spec.attention.num_heads,))[0]
-    heads = heads or spec.attention.num_heads
+def _num_layers(shapes: Shapes, spec: ModelSpec) -> int:
+    """The file's layers, if it has all from 0 on; else it does not tell, and the recipe's stand."""
+    found = {int(block[1]) for name in shapes if (block := _BLOCK.fullmatch(name))}
+    return len(found) if found and max(found) == len(found) - 1 else spec.num_layers
+
+
+def _layer_settings(layers: int, shapes: Shapes, spec: ModelSpec) -> Settings:
+    """The number of layers, and of what counts layers what would exceed it."""
+    found = [f"model.num_layers={layers}"]
+    xsa, values, again = spec.attention.xsa, spec.value_embedding, spec.recurrence
+    shared = spec.attention.shared_kv
+    if xsa is not None and xsa.last is not None and xsa.last > layers:
+        found.append(f"model.attention.xsa.last={layers}")
+    if values is not None and values.last > layers:
+        found += _value_embedding(shapes, spec)
+    if shared is not None and 2 * (shared.last or 1) > layers:
+        found += _shared_kv(shapes, spec)
+    if again is not None and again.last >= layers:
+        found.append("model.recurrence=null")
+    return tuple(found)
+
+
+def _axis_settings(axis: str, size: int, shapes: Shapes, spec: ModelSpec) -> Settings:
     match axis:
-        case "dim":
-            return [f"model.dim={size}"]
+        case "dim" | "heads" | "kv":
+            return _width_settings(shapes, spec, size if axis == "kv" else None)
         case "vocab":
-            return [f"model.vocab_size={size}"]
-        case "heads":
-            return [f"model.attention.num_heads={size}"]
+            return (f"model.vocab_size={size}",)
         case "skips":  # follows from the layers
-            layers = _num_layers(shapes)
-            return [] if layers == spec.num_layers else [f"model.num_layers={layers}"]
+            layers = _num_layers(shapes, spec)
+            return () if layers == spec.num_layers else _layer_settings(layers, shapes, spec)
         case "smear":
-            return [f"model.smear.width={size}"]
+            return (f"model.smear.width={size}",)
         case "value_dim":
-            return [f"model.value_embedding.dim={size}"]
-        case "kv" if size * heads % dim == 0:
-            same = size * heads // dim == spec.attention.num_kv_heads
-            return [] if same else [f"model.attention.num_kv_heads={size * heads // dim}"]
+            return (f"model.value_embedding.dim={size}",)
         case "hidden":
-            return [] if size == int(spec.mlp.mult * dim) else [f"model.mlp.mult={size / dim:g}"]
+            dim, _ = _width(shapes, spec)
+            return () if size == int(spec.mlp.mult * dim) else (_mult(size, dim),)
     table, _, field = axis.partition("_")
     if field in ("buckets", "dim"):
-        return [f"model.{table}.{'num_buckets' if field == 'buckets' else 'dim'}={size}"]
-    return []
+        return (f"model.{table}.{'num_buckets' if field == 'buckets' else 'dim'}={size}",)
+    return ()
+
+
+def _width(shapes: Shapes, spec: ModelSpec) -> tuple[int, int]:
+    """The file's own width and head count: what its other sizes are multiples of."""
+    table = shapes.get("tok_emb.weight", ())
+    gain = shapes.get("blocks.0.attn.q_gain", ())
+    dim = table[1] if len(table) == 2 else 0
+    heads = gain[0] if len(gain) == 1 else 0
+    return dim or spec.dim, heads or spec.attention.num_heads
+
+
+def _width_settings(shapes: Shapes, spec: ModelSpec, kv: int | None) -> Settings:
+    """Width, heads and what follows from both, together: one alone would not parse.
+
+    `kv` counts the rows of a key projection; the file's first one by default.
+    """
+    dim, heads = _width(shapes, spec)
+    attention, found = spec.attention, []
+    if dim != spec.dim:
+        found.append(f"model.dim={dim}")
+    if heads != attention.num_heads:
+        found.append(f"model.attention.num_heads={heads}")
+    if kv is None:
+        keys = (s for name, s in shapes.items() if name.endswith(".attn.c_k.weight") and s)
+        kv = next(keys, (0,))[0]
+    kv_heads = kv * heads // dim if kv * heads % dim == 0 else 0
+    if kv_heads and heads % kv_heads == 0 and kv_heads != attention.num_kv_heads:
+        found.append(f"model.attention.num_kv_heads={kv_heads}")
+    rope = attention.rope.dims
+    if found and rope is not None and dim % heads == 0 and rope > dim // heads:
+        found.append(f"model.attention.rope.dims={dim // heads}")
+    return tuple(found)
+
+
+def _mult(size: int, dim: int) -> str:
+    """The shortest factor that gives the hidden width to the unit."""
+    factor = size / dim
+    short = f"{factor:g}"
+    if int(float(short) * dim) == size:
+        return f"model.mlp.mult={short}"
+    while int(factor * dim) < size:
+        factor = math.nextafter(factor, math.inf)
+    return f"model.mlp.mult={factor!r}"
 
 
 def _holds(shapes: Shapes, part: str) -> bool:
@@ -130,9 +190,9 @@ def _value_embedding(shapes: Shapes, spec: ModelSpec) -> Settings:
 
 def _shared_kv(shapes: Shapes, spec: ModelSpec) -> Settings:
     owners = [name for name in shapes if name.endswith(".attn.c_k.weight")]
-    borrowers = _num_layers(shapes) - len(owners)
+    borrowers = _num_layers(shapes, spec) - len(owners)
     now = spec.attention.shared_kv
-    if borrowers == 0:
+    if borrowers <= 0:
         return () if now is None else ("model.attention.shared_kv=null",)
     fitting = SharedKv() if len(owners) == 1 else SharedKv(last=borrowers)
     if now == fitting:

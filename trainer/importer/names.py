@@ -118,4 +118,6 @@ def _public(ours: str, value_users: list[int]) -> tuple[str, tuple[str, ...]]:
             "model.ln_scale.learned: no public script stores a learned scale, they have the "
             "constant; set model.ln_scale.learned=false"
         )
-    raise UsageError(f"{ours}: no public script has such a parameter; import another recipe")
+    raise UsageError(
+        f"{ours}: no public script has such a parameter; name another recipe with --recipe"
+    )

@@ -26,20 +26,30 @@ def save_tensors(folder: Path, files: dict[str, Any]) -> None:
 
 def saved_names(folder: Path) -> list[str]:
     """Return the names that `folder` holds, in the order they were saved."""
-    return list(read_json(folder / "index.json"))
+    return list(_index(folder))
 
 
 def load_tensors(folder: Path, name: str) -> Any:
     """Read one value back onto the CPU; DataError names the file when it is missing or altered."""
     path = folder / f"{name}.pt"
-    index = read_json(folder / "index.json")
+    index = _index(folder)
     if name not in index:
         raise DataError(f"{folder}: holds no {name!r}, only {', '.join(index)}")
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: no such file; remove {folder.parent} and run again")
     if sha256_file(path) != index[name]:
         raise DataError(
             f"{path}: altered since it was written (sha256 differs); remove {folder.parent} "
             "and run again"
         )
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _index(folder: Path) -> dict[str, str]:
+    path = folder / "index.json"
+    index = read_json(path)
+    if not isinstance(index, dict) or not all(isinstance(sha, str) for sha in index.values()):
+        raise DataError(
+            f"{path}: not a checksum for each file; remove {folder.parent} and run again"
+        )
+    return index
