@@ -115,7 +115,6 @@ _averages = st.builds(
     train.Averages,
     ema_decay=st.floats(0.1, 0.999),
     ema_bank=st.lists(st.floats(0.1, 0.999), max_size=3).map(tuple),
-    ema_every=_count,
     swa=_maybe(st.builds(train.Swa, start=_lates, every=_count)),
 )
 _widths = st.integers(2, 8)
@@ -158,21 +157,21 @@ def trainings(draw: st.DrawFn) -> train.TrainSpec:
                 grad_clip=_maybe(_positive),
             )
         ),
-        averages=draw(_averages),
+        averages=replace(draw(_averages), ema_every=draw(st.integers(1, iterations))),
         qat=draw(_maybe(_qats)),
     )
 
 
-_widths = st.integers(2, 8) | st.just(16)
+_stored_widths = st.integers(2, 8) | st.just(16)
 _quantizes = st.builds(
     Quantize,
     bits=st.builds(
         Bits,
-        mlp=_widths,
-        attention=_widths,
-        hash=_widths,
-        embed=_widths,
-        other=_widths,
+        mlp=_stored_widths,
+        attention=_stored_widths,
+        hash=_stored_widths,
+        embed=_stored_widths,
+        other=_stored_widths,
         scalar=st.sampled_from((16, 32)),
     ),
     clip=st.sampled_from(("none", "p5", "r9", "sd12", "sd12.85")),

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from service.cli import app
 from tests.tiny import recipe, rich_model
 from trainer.blueprint import blueprint
-from trainer.codec import dump, parse
+from trainer.codec import dump, merge, parse, read_mapping
 from trainer.errors import InfeasibleError, UsageError
 from trainer.finalize import artifact as weights_file
 from trainer.finalize.code import code_files
@@ -36,7 +36,7 @@ from trainer.runtime.files import write_json
 from trainer.specs.model import ModelSpec
 from trainer.specs.recipe import Recipe
 from trainer.specs.task import FinalTask, TrainTask, train_task
-from tune_spaces.catalogue import load_recipe, names
+from tune_spaces.catalogue import find, load_recipe, names
 
 TINY = [name for name in names("recipes") if name.endswith("tiny")]
 FULL = [name for name in names("recipes") if name not in TINY]
@@ -44,6 +44,17 @@ FULL = [name for name in names("recipes") if name not in TINY]
 
 def shipped(name: str) -> Recipe:
     return parse(Recipe, load_recipe(name, "recipes"), name)
+
+
+def small(described: str) -> Recipe:
+    """The described form of a recipe at the size of the recipe's own small form."""
+    own = find("recipes", described.replace("as-described", "tiny"), "recipes")
+    sizes = (own.parent / "scales" / "tiny.yaml", own)
+    data = load_recipe(described, "recipes")
+    for path in sizes:
+        top = read_mapping(path)
+        data = merge(data, {key: top[key] for key in top if key not in ("name", "extends")})
+    return parse(Recipe, data, described)
 
 
 def by_id(rules: list[Rule] | tuple[Rule, ...]) -> dict[str, Rule]:
@@ -73,6 +84,14 @@ def test_everything_that_a_small_shipped_recipe_names_is_alive(name: str) -> Non
     unchecked = {rule.id for rule in rules if rule.verdict == "not checked"}
     assert unchecked <= {"averages", "qat", "test-time-training"}
     assert ("qat" in unchecked) == (shipped(name).train.qat is None)
+
+
+@pytest.mark.parametrize("name", [name for name in FULL if name.endswith("as-described")])
+def test_everything_that_a_described_form_names_is_alive(name: str) -> None:
+    rules = check_recipe(small(name))
+
+    assert [rule for rule in rules if rule.verdict == "fail"] == []
+    assert by_id(rules)["qat"].verdict == "pass"
 
 
 @pytest.mark.parametrize("name", FULL)
