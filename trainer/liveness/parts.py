@@ -9,8 +9,10 @@ from torch import Tensor
 
 from trainer.blueprint import blueprint
 from trainer.liveness.probe import NUM_TOKENS, SEED, awake, losses, rule, text
+from trainer.model.attention import Attention
 from trainer.model.build import build
 from trainer.model.gpt import GPT
+from trainer.model.linear import Linear
 from trainer.results import Rule
 from trainer.specs.model import ModelSpec
 
@@ -83,8 +85,8 @@ def _shared(model: GPT) -> dict[str, Tensor]:
     """Return a copy of the key and value matrices for every layer that uses another's."""
     return {
         f"blocks.{layer.index}.attention.{name}.weight": linear.weight.detach()
-        for layer, block in zip(model.plan.layers, model.blocks, strict=True)
-        for name, linear in zip(("key", "value"), block.attention.key_value, strict=True)
+        for layer in model.plan.layers
+        for name, linear in zip(("key", "value"), _key_value(model, layer.index), strict=True)
     }
 
 
@@ -93,8 +95,14 @@ def _move_owners(spec: ModelSpec, *models: GPT) -> None:
     """Move the keys and values that layers share: with copies instead, only the owners follow."""
     for model in models:
         for owner in sorted({layer.kv_owner for layer in blueprint(spec).layers}):
-            for linear in model.blocks[owner].attention.key_value:
+            for linear in _key_value(model, owner):
                 linear.weight.neg_()
+
+
+def _key_value(model: GPT, layer: int) -> tuple[Linear, Linear]:
+    attention = model.get_submodule(f"blocks.{layer}.attention")
+    assert isinstance(attention, Attention)
+    return attention.key_value
 
 
 def _num_tokens(spec: ModelSpec, path: str) -> int:
