@@ -66,7 +66,8 @@ def _drop_copies(values: dict[str, Value], plan: Blueprint) -> list[_Fault]:
     for copy, owner in shared_copies(plan).items():
         if copy not in values or owner not in values:
             continue
-        if not _equal(values.pop(copy), values[owner]):
+        is_sound = _value_fault(owner, values[owner]) is None  # a NaN equals nothing
+        if not _equal(values.pop(copy), values[owner]) and is_sound:
             text = f"tensor {copy!r} differs from {owner!r}, which the recipe's layers share"
             faults.append(_Fault(copy, text, ("model.attention.shared_kv=null",)))
     return faults

@@ -113,11 +113,6 @@ def _public(ours: str, value_users: list[int]) -> tuple[str, tuple[str, ...]]:
     elif ours in _STEM:
         name, axes = _STEM[ours]
         return name, tuple(axes.split())
-    if ours.endswith(".norm_scale.scale"):
-        raise UsageError(
-            "model.ln_scale.learned: no public script stores a learned scale, they have the "
-            "constant; set model.ln_scale.learned=false"
-        )
     raise UsageError(
         f"{ours}: no public script has such a parameter; name another recipe with --recipe"
     )

@@ -268,7 +268,7 @@ class OrthoInit:
 
     The output projections of attention and MLP start at zero, unless `scaled_outputs`. Every
     other matrix is orthogonal, also one with a side below 64: the public scripts leave those as
-    torch makes them, which beside a table of zeros is a projection of zeros, dead for ever.
+    they construct them, and a hash table's projection is constructed as zeros, dead for ever.
     """
 
     scaled_outputs: bool = False

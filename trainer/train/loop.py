@@ -85,8 +85,8 @@ def train(task: TrainTask, dataset: Dataset, folder: Path, ranks: Ranks) -> Trai
                 with clock.phase("checkpoint"):
                     _checkpoint(state, folder, ranks)
 
-    for part in state.never_came():
-        logger.warning("%s never came in %d steps: the training is as without it", part, state.step)
+    for missed in state.never_came():
+        logger.warning("%s in %d steps: the training is as without it", missed, state.step)
     with clock.phase("bank"):
         entries = state.averages.entries()
         if ranks.is_first:

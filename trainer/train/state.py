@@ -37,12 +37,12 @@ class TrainState:
         self.untrained_val_bpb = math.nan
 
     def never_came(self) -> list[str]:
-        """Name what was to begin late in the training and has not."""
+        """Say what was to act late in the training and has not."""
         missed = []
         if self.fake_quants is not None and self.fake_quants.start_step is None:
-            missed.append("train.qat.start")
+            missed.append("train.qat.start never came")
         if self.averages.spec.swa is not None and not self.averages.swa_count:
-            missed.append("train.averages.swa.start")
+            missed.append("train.averages.swa took no snapshot")
         return missed
 
     def snapshot(self) -> dict[str, Any]:
