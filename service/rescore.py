@@ -13,7 +13,8 @@ from trainer.data.prepare import EMBEDDED_NAME
 from trainer.data.shards import open_shard
 from trainer.errors import DataError, UsageError
 from trainer.finalize.artifact import read_weights
-from trainer.importer.folder import WEIGHTS_FILE, is_imported_bank, load_bank
+from trainer.finalize.pipeline import WEIGHTS_FILE
+from trainer.importer.folder import is_imported_bank, load_bank
 from trainer.protocol import SHARD_MAGIC, UNKNOWN_TOKENIZER
 from trainer.run import Text, check_tokenizer, score_state, val_text
 from trainer.runtime.distributed import current

@@ -17,6 +17,7 @@ from typing import Any, Final
 from trainer.codec import fingerprint, parse, read_recipe, to_yaml
 from trainer.errors import DataError, UsageError
 from trainer.finalize.artifact import write_weights
+from trainer.finalize.pipeline import WEIGHTS_FILE
 from trainer.finalize.quantize import Quantized, Stored, restore
 from trainer.importer.fitting import fit
 from trainer.importer.formats import PublicFile, read_public
@@ -28,7 +29,6 @@ from trainer.specs.final import Zstd
 from trainer.specs.model import ModelSpec
 from trainer.specs.recipe import Recipe
 
-WEIGHTS_FILE: Final = "weights.fw"
 ENTRY: Final = "raw"
 _AGAIN = "import the file again"
 # What our own write of import.json leaves when it is killed.
