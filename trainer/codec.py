@@ -219,9 +219,16 @@ def parse(cls: type[T], data: Any, where: str) -> T:
 
 def _explain(cls: type[Any], error: ValidationError) -> list[str]:
     faults = error.errors(include_url=False)
-    # A choice reports every member's complaints: keep those of the member whose `kind` was given.
+    # A choice reports every member's complaints: keep those of the member whose `kind` was given,
+    # without one those of the first member that has all the keys.
     foreign = {f["loc"][:-1] for f in faults if f["loc"] and f["loc"][-1] == "kind"}
     known = {tuple(f["loc"][:-1]) for f in faults} - foreign
+    owners = [owner for f in faults if (owner := _member(f["loc"])) and owner not in foreign]
+    strange = {_member(f["loc"]) for f in faults if f["type"] == "unexpected_keyword_argument"}
+    fitting: dict[Any, Any] = {}
+    for owner in sorted(owners, key=lambda owner: owner in strange):
+        fitting.setdefault(owner[:-1], owner)
+    foreign |= set(owners) - set(fitting.values())
     lines: list[str] = []
     for fault in faults:
         loc = tuple(fault["loc"])
@@ -243,6 +250,12 @@ def _explain(cls: type[Any], error: ValidationError) -> list[str]:
                 rule = f"{fault['msg'][0].lower()}{fault['msg'][1:]}"
                 lines.append(f"{path}: got {shown}; {rule}" if path else f"got {shown}; {rule}")
     return list(dict.fromkeys(lines)) or [str(error).splitlines()[0]]
+
+
+def _member(loc: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The part of an error's location that leads to a member of a choice; empty without one."""
+    at = [i for i, key in enumerate(loc) if str(key)[:1].isupper()]
+    return tuple(loc[: at[-1] + 1]) if at else ()
 
 
 def _locate(cls: Any, loc: tuple[Any, ...]) -> tuple[Any, str]:

@@ -20,7 +20,8 @@ from trainer.data.shards import Dataset
 from trainer.errors import DataError, UsageError
 from trainer.evaluate import audit
 from trainer.evaluate.bpb import bits_per_byte, nats_per_token
-from trainer.evaluate.sliding import plan_windows, score_stream
+from trainer.evaluate.sliding import score_stream
+from trainer.evaluate.windows import plan_windows
 from trainer.finalize.artifact import read_weights
 from trainer.finalize.pipeline import FinalReport
 from trainer.finalize.pipeline import finalize as write_artifact

@@ -5,7 +5,7 @@ import pytest
 
 from trainer.evaluate import audit
 from trainer.evaluate.bpb import bits_per_byte, nats_per_token
-from trainer.evaluate.sliding import Windows, plan_windows
+from trainer.evaluate.windows import Windows, plan_windows
 from trainer.results import Totals
 from trainer.specs.evaluate import EvaluateSpec
 

@@ -120,7 +120,8 @@ def test_a_recipe_survives_its_yaml_file(recipe: Recipe) -> None:
         ({"modl": {}}, "r.yaml: modl: unknown key; did you mean model?"),
         (
             {"evaluate.zzz": 1},
-            "r.yaml: evaluate.zzz: unknown key; known here: window, stride, variant, batch_windows",
+            "r.yaml: evaluate.zzz: unknown key; known here: window, stride, variant, "
+            "batch_windows, documents, ttt",
         ),
         (
             {"train.iterations": "many"},

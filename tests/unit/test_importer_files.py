@@ -12,7 +12,7 @@ from tests import public_files, tiny
 from trainer.blueprint import blueprint
 from trainer.codec import dump, parse, parse_assignment, with_values
 from trainer.errors import DataError
-from trainer.finalize.quantize import Floats, Quantized, restore
+from trainer.finalize.stored import Floats, Quantized, restore
 from trainer.importer import formats
 from trainer.importer.fitting import fit
 from trainer.importer.formats import read_public

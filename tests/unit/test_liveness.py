@@ -16,7 +16,7 @@ from trainer.codec import dump, merge, parse, read_mapping
 from trainer.errors import InfeasibleError, UsageError
 from trainer.finalize import artifact as weights_file
 from trainer.finalize.code import code_files
-from trainer.finalize.quantize import restore
+from trainer.finalize.stored import restore
 from trainer.liveness import scoring
 from trainer.liveness.artifact import artifact_rules, size
 from trainer.liveness.check import check_recipe

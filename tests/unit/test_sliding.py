@@ -10,7 +10,8 @@ from tests import tiny
 from tests.reference import sliding_reference as plain
 from trainer.data.bytecount import ByteTable
 from trainer.errors import DataError
-from trainer.evaluate.sliding import Windows, plan_windows, score_stream, times_scored
+from trainer.evaluate.sliding import score_stream
+from trainer.evaluate.windows import Windows, plan_windows, times_scored
 from trainer.model.build import build
 from trainer.runtime.distributed import Ranks
 from trainer.specs.evaluate import EvaluateSpec

@@ -5,7 +5,7 @@ Each rule has an id, a verdict and a source; a rule that could not be checked sa
 
 import numpy as np
 
-from trainer.evaluate.sliding import Windows, times_scored
+from trainer.evaluate.windows import Windows, times_scored
 from trainer.results import Rule, Totals
 
 

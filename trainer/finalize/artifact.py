@@ -20,7 +20,7 @@ from trainer.blueprint import blueprint
 from trainer.codec import canonical, dump, parse
 from trainer.errors import DataError, UsageError
 from trainer.finalize import compress as zstd
-from trainer.finalize.quantize import Floats, Quantized, Stored, restore
+from trainer.finalize.stored import Floats, Quantized, Stored, restore
 from trainer.quant import levels
 from trainer.runtime.files import write_bytes
 from trainer.sizes import tensor_sizes

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import DataError, UsageError
+from trainer.finalize.stored import Floats, Quantized, Stored, restore
 from trainer.quant import (
     LARGEST_SCALE,
     dequantize_rows,
@@ -25,25 +26,6 @@ from trainer.quant import (
 )
 from trainer.sizes import TensorSize, float16_key_names, stored_bits
 from trainer.specs.final import CLIP_CANDIDATES, Int8Rule, Quantize, sd_clip
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Quantized:
-    """A matrix on the grid: q int8 [rows, cols], scale float16 [rows]."""
-
-    q: Tensor
-    scale: Tensor
-    bits: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Floats:
-    """A tensor stored as it is, in float16 or float32."""
-
-    tensor: Tensor
-
-
-Stored = Quantized | Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +39,6 @@ class TensorRecord:
     mse: float
     max_error: float
     floor_share: float
-
-
-def restore(stored: Stored) -> Tensor:
-    """Return the float32 tensor that a reader of the artifact gets."""
-    if isinstance(stored, Floats):
-        return stored.tensor.float()
-    return dequantize_rows(stored.q, stored.scale)
 
 
 def quantize_tensors(

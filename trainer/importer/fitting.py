@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainer.blueprint import Blueprint, blueprint
 from trainer.errors import DataError
-from trainer.finalize.quantize import Floats, Quantized, Stored
+from trainer.finalize.stored import Floats, Quantized, Stored
 from trainer.importer.formats import Integers, PublicFile
 from trainer.importer.hints import Settings, settings_for_part, settings_for_shape
 from trainer.importer.names import common_prefix, public_tensors, shared_copies

@@ -18,7 +18,7 @@ from trainer.codec import fingerprint, parse, read_recipe, to_yaml
 from trainer.errors import DataError, UsageError
 from trainer.finalize.artifact import write_weights
 from trainer.finalize.pipeline import WEIGHTS_FILE
-from trainer.finalize.quantize import Quantized, Stored, restore
+from trainer.finalize.stored import Quantized, Stored, restore
 from trainer.importer.fitting import fit
 from trainer.importer.formats import PublicFile, read_public
 from trainer.importer.unseen import unseen

@@ -9,7 +9,8 @@ from trainer.blueprint import blueprint
 from trainer.finalize.artifact import read_weights
 from trainer.finalize.pipeline import WEIGHTS_FILE, finalize
 from trainer.finalize.prune import prune
-from trainer.finalize.quantize import quantize_tensors, restore
+from trainer.finalize.quantize import quantize_tensors
+from trainer.finalize.stored import restore
 from trainer.liveness.probe import awake, losses, not_checked, rule, text
 from trainer.model.build import build, load_state
 from trainer.protocol import ARTIFACT_BYTES_CAP, UNKNOWN_TOKENIZER

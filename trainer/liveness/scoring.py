@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trainer.evaluate import audit
-from trainer.evaluate.sliding import plan_windows
+from trainer.evaluate.windows import plan_windows
 from trainer.liveness.probe import awake, random_tokens, rule, text
 from trainer.results import Rule
 from trainer.specs.evaluate import EvaluateSpec

@@ -5,15 +5,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.model.kernels import token_loss
-from trainer.model.linear import Linear
+from trainer.model.linear import Absent, Linear
 from trainer.specs import model as specs
 
 
 class TiedHead(nn.Module):
-    """Logits through the token table."""
+    """Logits through the token table. `adapter` is the seam of `Linear`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapter: nn.Module = Absent()
 
     def forward(self, hidden: Tensor, table: Tensor) -> Tensor:
-        return F.linear(hidden, table.to(hidden.dtype))
+        return self.adapter(F.linear(hidden, table.to(hidden.dtype)), hidden)
 
 
 class UntiedHead(nn.Module):

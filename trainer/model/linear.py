@@ -9,10 +9,18 @@ from torch.nn import functional as F
 Start = Literal["plain", "branch end", "zero"]
 
 
+class Absent(nn.Module):
+    """What stands where a recipe names no part: it returns its first argument."""
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        return x
+
+
 class Linear(nn.Module):
     """y = x Wᵀ without bias. The master weight stays float32 whatever the stream's dtype.
 
     `weight_edit` is the seam for fake quantization: what it returns is what is multiplied.
+    `adapter` is the seam for test-time training: it maps the output, given the input.
     """
 
     ROLES = {"weight": "matrix"}  # unless the owner says otherwise
@@ -25,6 +33,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_width, in_width))
         self.start = start
         self.weight_edit: nn.Module = nn.Identity()
+        self.adapter: nn.Module = Absent()
 
     def reset_parameters(self, generator: torch.Generator, *, orthogonal: bool, depth: int) -> None:
         """Initialise from `generator`: zero, orthogonal with gain 1, or uniform in ±1/√in.
@@ -41,14 +50,7 @@ class Linear(nn.Module):
             nn.init.uniform_(self.weight, -bound, bound, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_edit(self.weight).to(x.dtype))
-
-
-class Absent(nn.Module):
-    """What stands where a recipe names no part: it returns its first argument."""
-
-    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
-        return x
+        return self.adapter(F.linear(x, self.weight_edit(self.weight).to(x.dtype)), x)
 
 
 def norm(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.blueprint import Blueprint
-from trainer.model.linear import Linear
+from trainer.model.linear import Absent, Linear
 from trainer.specs import model as specs
 
 
@@ -48,7 +48,7 @@ ACTIVATIONS = {
 
 
 class Mlp(nn.Module):
-    """Up, activation, down."""
+    """Up, activation, down. `adapter` is the seam of `Linear`, beside the whole."""
 
     def __init__(self, plan: Blueprint) -> None:
         super().__init__()
@@ -56,10 +56,11 @@ class Mlp(nn.Module):
         self.up = Linear(plan.spec.dim, plan.mlp_dim)
         self.activation = ACTIVATIONS[type(activation)](activation)
         self.down = _down(plan)
+        self.adapter: nn.Module = Absent()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, T, D] to [B, T, D]."""
-        return self.down(self.activation(self.up(x)))
+        return self.adapter(self.down(self.activation(self.up(x))), x)
 
 
 class SwiGlu(nn.Module):
@@ -70,10 +71,11 @@ class SwiGlu(nn.Module):
         self.up = Linear(plan.spec.dim, plan.mlp_dim)
         self.gate = Linear(plan.spec.dim, plan.mlp_dim)
         self.down = _down(plan)
+        self.adapter: nn.Module = Absent()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, T, D] to [B, T, D]."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.adapter(self.down(F.silu(self.gate(x)) * self.up(x)), x)
 
 
 def build_mlp(plan: Blueprint) -> nn.Module:

@@ -3,6 +3,17 @@
 from typing import Literal
 
 from trainer.specs.base import require, require_positive, spec
+from trainer.specs.ttt import LoraTtt, OracleTtt, SgdTtt
+
+
+@spec
+class Documents:
+    """Documents on their own: context never crosses the `bos` token that opens one."""
+
+    bos: int = 1
+
+    def __post_init__(self) -> None:
+        require(self.bos >= 0, f"bos={self.bos} is below 0")
 
 
 @spec
@@ -11,16 +22,33 @@ class EvaluateSpec:
 
     Variant C scores every prediction exactly once; A re-scores the tail of the stream as the
     public scripts do, for the reproduction of old logs. stride = window means no overlap.
+    With `documents` the windows slide inside each document, `stride` being the chunk. `ttt` adapts
+    the model to what is already scored; an oracle adapts before, and is never legal.
     """
 
     window: int
     stride: int
     variant: Literal["A", "C"] = "C"
     batch_windows: int = 16
+    documents: Documents | None = None
+    ttt: LoraTtt | SgdTtt | OracleTtt | None = None
 
     def __post_init__(self) -> None:
         require_positive(window=self.window, stride=self.stride, batch_windows=self.batch_windows)
         require(
             self.stride <= self.window,
             f"stride={self.stride} exceeds window={self.window}: predictions would be skipped",
+        )
+        require(
+            self.variant == "C" or (self.documents is None and self.ttt is None),
+            "variant=A reproduces plain old logs; leave documents and ttt out or set variant=C",
+        )
+        is_lora = isinstance(self.ttt, LoraTtt)
+        require(
+            not is_lora or self.documents is not None,
+            "ttt.kind=lora adapts per document; add documents: {}",
+        )
+        require(
+            self.ttt is None or is_lora or self.documents is None,
+            f"ttt.kind={self.ttt and self.ttt.kind} reads one stream; leave documents out",
         )

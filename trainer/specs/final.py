@@ -22,6 +22,15 @@ def sd_clip(clip: str) -> float | None:
     return float(match[1]) if match else None
 
 
+def _check_clip(name: str, clip: str) -> None:
+    known = ("none", *CLIP_CANDIDATES)
+    k = sd_clip(clip)
+    require(
+        clip in known or (k is not None and k > 0),
+        f"{name}={clip!r} is not one of {', '.join(known)} or sd<k>, such as sd12",
+    )
+
+
 @spec
 class Prune:
     """Zero the smallest `ratio` of each matrix by magnitude, before quantization.
@@ -73,6 +82,78 @@ class Int8Rule:
 
 
 @spec
+class Clips:
+    """Row clips by class of tensor, where a class does not take the common `clip`."""
+
+    mlp: str | None = None
+    attention: str | None = None
+    hash: str | None = None
+    embed: str | None = None
+    other: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("mlp", "attention", "hash", "embed", "other"):
+            clip = getattr(self, name)
+            if clip is not None:
+                _check_clip(name, clip)
+
+
+@spec
+class Gptq:
+    """Rounding that lets later columns make up for the errors of earlier ones.
+
+    The Hessian XᵀX of a layer's inputs comes from `sequences` sequences of `seq_len` tokens:
+    training batches, or text `generated` by the model itself at `temperature`. `damping` is the
+    share of the mean diagonal that is added; it grows tenfold until the factorisation succeeds.
+    `embeddings`: the token table too, by the inputs of the output head. `row_importance` is λ of
+    the Hessian-aware clip k σ (1 + λ (ρ - 1)).
+
+    Source: Frantar et al. 2022 (arXiv 2210.17323); parameter-golf PRs #1019, #1394 and #1855
+    (techniques 2.24, 4.3).
+    """
+
+    calibration: Literal["train", "generated"] = "train"
+    sequences: int = 64
+    seq_len: int = 2048
+    temperature: float = 0.8
+    seed: int = 0
+    block: int = 128
+    damping: float = 0.01
+    act_order: bool = True
+    embeddings: bool = True
+    row_importance: float | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(
+            sequences=self.sequences,
+            seq_len=self.seq_len,
+            temperature=self.temperature,
+            block=self.block,
+            damping=self.damping,
+        )
+        require(
+            self.row_importance is None or 0.0 < self.row_importance <= 1.0,
+            f"row_importance={self.row_importance} is outside (0, 1]",
+        )
+
+
+@spec
+class Lqer:
+    """Low-rank repair of the worst quantized matrices: W ≈ W_q + A B.
+
+    A of `rank` columns in 2 bits, B in 4 bits by groups of 64, from the SVD of the error.
+
+    Source: parameter-golf PR #1855 (techniques 4.3-23).
+    """
+
+    tensors: int = 3
+    rank: int = 4
+
+    def __post_init__(self) -> None:
+        require_positive(tensors=self.tensors, rank=self.rank)
+
+
+@spec
 class Quantize:
     """Integers per row: bits by class, and how a row's clip is found.
 
@@ -85,26 +166,39 @@ class Quantize:
 
     bits: Bits = Bits()
     clip: str = "none"
+    clips: Clips = Clips()
     clip_scope: Literal["row", "matrix"] = "row"
     scale_floor: float = 1e-12
     symmetric: bool = True
     int8: Int8Rule | None = None
     float_numel: int = 65_536
     float16_keys: tuple[int, ...] = ()
+    gptq: Gptq | None = None
+    lqer: Lqer | None = None
 
     def __post_init__(self) -> None:
-        known = ("none", *CLIP_CANDIDATES)
-        k = sd_clip(self.clip)
-        require(
-            self.clip in known or (k is not None and k > 0),
-            f"clip={self.clip!r} is not one of {', '.join(known)} or sd<k>, such as sd12",
-        )
+        _check_clip("clip", self.clip)
         require_positive(scale_floor=self.scale_floor)
         require(
             self.scale_floor <= LARGEST_SCALE,
             f"scale_floor={self.scale_floor} exceeds {LARGEST_SCALE:g}, the largest float16",
         )
         require(self.float_numel >= 0, f"float_numel={self.float_numel} is below 0")
+
+    def clip_of(self, part: str) -> str:
+        """The clip of a class of tensors: its own, or the common one."""
+        return getattr(self.clips, part) or self.clip
+
+
+@spec
+class TrimOnes:
+    """Zero integers of ±1, those of the smallest scales first, until the weights file holds at
+    most `weights_bytes`. Source: parameter-golf PR #609 (techniques 2.25)."""
+
+    weights_bytes: int
+
+    def __post_init__(self) -> None:
+        require_positive(weights_bytes=self.weights_bytes)
 
 
 @spec
@@ -133,10 +227,55 @@ class Zstd:
 
 
 @spec
+class Brotli:
+    """One brotli stream. Never replaced by another compressor."""
+
+    kind: Literal["brotli"] = "brotli"
+    level: int = 11
+
+    def __post_init__(self) -> None:
+        require(0 <= self.level <= 11, f"level={self.level} is outside 0..11")
+
+
+@spec
+class Lzma:
+    """One xz stream with a check. Never replaced by another compressor."""
+
+    kind: Literal["lzma"] = "lzma"
+    level: int = 9
+
+    def __post_init__(self) -> None:
+        require(0 <= self.level <= 9, f"level={self.level} is outside 0..9")
+
+
+@spec
+class Zlib:
+    """One zlib stream. Never replaced by another compressor."""
+
+    kind: Literal["zlib"] = "zlib"
+    level: int = 9
+
+    def __post_init__(self) -> None:
+        require(1 <= self.level <= 9, f"level={self.level} is outside 1..9")
+
+
+@spec
+class RangeCoder:
+    """Our own coder: every integer by the scale of its row and of its column, in a range coder."""
+
+    kind: Literal["range"] = "range"
+
+
+Compress = Zstd | Brotli | Lzma | Zlib | RangeCoder
+
+
+@spec
 class FinalSpec:
-    """From a bank entry to an artifact."""
+    """From a bank entry to an artifact. `code`: the counted code as a plain zip, or packed."""
 
     average: Literal["raw", "ema", "swa"] = "raw"
     prune: Prune | None = None
     quantize: Quantize = Quantize()
-    compress: Zstd = Zstd()
+    trim_ones: TrimOnes | None = None
+    compress: Compress = Zstd()
+    code: Literal["zip", "packed"] = "zip"

@@ -6,7 +6,8 @@ import torch
 
 from trainer.blueprint import blueprint
 from trainer.finalize.artifact import write_weights
-from trainer.finalize.quantize import Stored, quantize_tensors
+from trainer.finalize.quantize import quantize_tensors
+from trainer.finalize.stored import Stored
 from trainer.sizes import TensorSize, tensor_sizes
 from trainer.specs.final import Quantize, Zstd
 from trainer.specs.model import (

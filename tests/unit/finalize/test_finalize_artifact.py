@@ -18,7 +18,8 @@ from trainer.finalize.artifact import (
     write_weights,
 )
 from trainer.finalize.compress import compress, decompress
-from trainer.finalize.quantize import Floats, Quantized, quantize_tensors, restore
+from trainer.finalize.quantize import quantize_tensors
+from trainer.finalize.stored import Floats, Quantized, restore
 from trainer.sizes import tensor_sizes
 from trainer.specs.final import Bits, Quantize, Zstd
 from trainer.specs.model import ModelSpec

@@ -7,7 +7,8 @@ import torch
 from trainer.errors import DataError
 from trainer.finalize.artifact import read_weights
 from trainer.finalize.pipeline import artifact_bytes, finalize
-from trainer.finalize.quantize import quantize_tensors, restore
+from trainer.finalize.quantize import quantize_tensors
+from trainer.finalize.stored import restore
 from trainer.runtime.files import sha256_file
 from trainer.specs.final import FinalSpec, Prune, Zstd
 from trainer.specs.model import Mtp

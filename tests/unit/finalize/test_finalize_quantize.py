@@ -3,13 +3,8 @@ import torch
 
 from tests.reference import quantize_reference
 from trainer.errors import DataError, UsageError
-from trainer.finalize.quantize import (
-    Floats,
-    Quantized,
-    quantize_matrix,
-    quantize_tensors,
-    restore,
-)
+from trainer.finalize.quantize import quantize_matrix, quantize_tensors
+from trainer.finalize.stored import Floats, Quantized, restore
 from trainer.sizes import TensorSize
 from trainer.specs.final import CLIP_CANDIDATES, Bits, Int8Rule, Quantize
 

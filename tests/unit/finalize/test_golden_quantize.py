@@ -11,7 +11,8 @@ import pytest
 
 from tests import golden_pr414
 from trainer.blueprint import blueprint
-from trainer.finalize.quantize import Floats, quantize_tensors
+from trainer.finalize.quantize import quantize_tensors
+from trainer.finalize.stored import Floats
 from trainer.sizes import tensor_sizes
 from trainer.specs.final import Bits, Int8Rule, Quantize
 
