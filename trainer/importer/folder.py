@@ -108,7 +108,7 @@ def load_bank(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
     recipe = parse(Recipe, read_recipe(path), str(path))
     identity = read_json(folder / "import.json")
     if not isinstance(identity, dict) or identity.get("recipe") != fingerprint(recipe):
-        raise DataError(f"{path}: altered since the import; {_AGAIN}")
+        raise DataError(f"{path}: altered since the import, or read by another version; {_AGAIN}")
     try:
         return recipe.model, load_tensors(folder / "bank", ENTRY)
     except DataError as error:

@@ -1,5 +1,7 @@
 """What is scored is what was written, and it is expected to fit."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from trainer.blueprint import blueprint
 from trainer.finalize.artifact import read_weights
+from trainer.finalize.hessians import collect_hessians
 from trainer.finalize.pipeline import WEIGHTS_FILE, finalize
 from trainer.finalize.prune import prune
 from trainer.finalize.quantize import quantize_tensors
@@ -15,6 +18,7 @@ from trainer.liveness.probe import awake, losses, not_checked, rule, text
 from trainer.model.build import build, load_state
 from trainer.protocol import ARTIFACT_BYTES_CAP, UNKNOWN_TOKENIZER
 from trainer.results import Rule
+from trainer.runtime.distributed import Ranks
 from trainer.sizes import forecast_weights_bytes, is_pruned, tensor_sizes
 from trainer.specs.final import FinalSpec
 from trainer.specs.model import ModelSpec
@@ -27,14 +31,20 @@ def artifact_rules(model: ModelSpec, final: FinalSpec, folder: Path) -> list[Rul
     """Finalize random weights under `folder` and load them back: round-trip and size."""
     trained = awake(model)
     state = trained.state_dict()
-    report = finalize(state, model, final, folder, UNKNOWN_TOKENIZER)
+    tokens = text(model)
+    hessians = None
+    if final.quantize.gptq is not None:
+        hessians = collect_hessians(trained, [tokens], Ranks())
+    # What is trimmed to fit follows from the trained weights.
+    whole = replace(final, trim_ones=None)
+    report = finalize(state, model, whole, folder, UNKNOWN_TOKENIZER, hessians)
     exported, decoded, _ = read_weights(folder / WEIGHTS_FILE)
-    tokens = text(exported)
+    stored = _stored(state, exported, final, hessians)
     scored = _losses_of(exported, decoded, tokens)
     faults: list[str] = []
     if exported != model.exported():
         faults.append("the file describes another model than the recipe exports")
-    elif not torch.equal(scored, _losses_of(exported, _stored(state, exported, final), tokens)):
+    elif not torch.equal(scored, _losses_of(exported, stored, tokens)):
         faults.append("the file's losses are not those of the pruned and quantized weights")
     if torch.equal(scored, losses(trained, tokens)):
         faults.append("the file's losses are those of the weights before quantization")
@@ -51,14 +61,19 @@ def _losses_of(model: ModelSpec, state: dict[str, Tensor], tokens: Tensor) -> Te
     return losses(fresh, tokens)
 
 
-def _stored(state: dict[str, Tensor], exported: ModelSpec, final: FinalSpec) -> dict[str, Tensor]:
+def _stored(
+    state: Mapping[str, Tensor],
+    exported: ModelSpec,
+    final: FinalSpec,
+    hessians: Mapping[str, Tensor] | None,
+) -> dict[str, Tensor]:
     """Prune and quantize in memory; what the file must say, computed without it."""
     sizes = tensor_sizes(blueprint(exported))
     kept = {size.name: state[size.name] for size in sizes}
     for size in sizes:
         if final.prune is not None and is_pruned(size, final.prune):
             kept[size.name] = prune(kept[size.name], final.prune.ratio)
-    stored, _ = quantize_tensors(kept, sizes, final.quantize)
+    stored, _ = quantize_tensors(kept, sizes, final.quantize, hessians)
     return {name: restore(tensor) for name, tensor in stored.items()}
 
 

@@ -9,7 +9,7 @@ from trainer.finalize.artifact import write_weights
 from trainer.finalize.quantize import quantize_tensors
 from trainer.finalize.stored import Stored
 from trainer.sizes import TensorSize, tensor_sizes
-from trainer.specs.final import Quantize, Zstd
+from trainer.specs.final import Compress, Quantize, Zstd
 from trainer.specs.model import (
     Attention,
     Mlp,
@@ -21,6 +21,7 @@ from trainer.specs.model import (
 )
 
 TOKENIZER = "ab" * 32
+QUICK = Zstd(level=3)
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Small:
     def stored(self) -> dict[str, Stored]:
         return quantize_tensors(self.state, self.tensors, self.quantize)[0]
 
-    def write(self, path: Path) -> Path:
-        write_weights(path, self.spec, self.stored, Zstd(level=3), self.tokenizer_sha256)
+    def write(self, path: Path, spec: Compress = QUICK) -> Path:
+        write_weights(path, self.spec, self.stored, spec, self.tokenizer_sha256)
         return path
 
 
