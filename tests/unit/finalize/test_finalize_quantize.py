@@ -6,7 +6,7 @@ from trainer.errors import DataError, UsageError
 from trainer.finalize.quantize import quantize_matrix, quantize_tensors
 from trainer.finalize.stored import Floats, Quantized, restore
 from trainer.sizes import TensorSize
-from trainer.specs.final import CLIP_CANDIDATES, Bits, Int8Rule, Quantize
+from trainer.specs.final import CLIP_CANDIDATES, Bits, Clips, Int8Rule, Quantize
 
 
 def heavy_tailed(rows, cols, seed):
@@ -185,6 +185,34 @@ def test_classes_and_sizes_decide_the_bits():
     assert [record.part for record in records] == [size.part for size in LISTED]
     assert isinstance(stored["tokens"], Quantized)
     assert isinstance(stored["small"], Floats)
+
+
+def test_each_class_takes_its_own_clip_or_the_common_one():
+    state = {
+        size.name: heavy_tailed(*size.shape, seed=1) for size in LISTED if size.role != "scalar"
+    }
+    sizes = [size for size in LISTED if size.role != "scalar"]
+    spec = Quantize(bits=BITS, float_numel=4, clip="sd3", clips=Clips(attention="p5", hash="none"))
+
+    stored, _ = quantize_tensors(state, sizes, spec)
+
+    own = {"query": "p5", "pairs": "none", "pairs out": "none", "up": "sd3", "values": "sd3"}
+    for name, clip in own.items():
+        bits = stored[name].bits
+        alone, _ = quantize_matrix(state[name], bits, Quantize(clip=clip))
+        assert torch.equal(stored[name].scale, alone.scale)
+        assert torch.equal(stored[name].q, alone.q)
+    assert not torch.equal(stored["query"].scale, quantize_matrix(state["query"], 3, spec)[0].scale)
+
+
+def test_records_say_how_a_tensor_was_stored_and_how_long_that_took():
+    state = {size.name: torch.ones(size.shape) for size in LISTED}
+
+    _, records = quantize_tensors(state, LISTED, Quantize(bits=BITS, float_numel=4))
+
+    assert [record.method for record in records] == ["nearest"] * 7 + ["float"] * 2
+    assert all(record.seconds > 0.0 for record in records)
+    assert all(record.bytes is None for record in records)
 
 
 def test_sixteen_bits_are_float16():
