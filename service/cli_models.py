@@ -14,6 +14,7 @@ import typer
 
 from service.paths import Paths
 from trainer.codec import parse, parse_assignment, to_yaml, with_values
+from trainer.errors import UsageError
 from trainer.specs.recipe import Recipe
 from tune_spaces.catalogue import load_recipe
 
@@ -40,9 +41,7 @@ def import_command(
 ) -> None:
     """Bring in a file of the public scripts: a state dict as a bank, a quantized one as it is."""
     values = [parse_assignment(text) for text in overrides or []]
-    # What a final keeps as float16 is no part of the model: its layers must not stop an import.
-    data = with_values(load_recipe(recipe, "--recipe"), [("final.quantize.float16_keys", [])])
-    parsed = parse(Recipe, with_values(data, values), recipe)
+    parsed = _recipe(recipe, values)
     from trainer.importer.folder import import_file
     from trainer.importer.unseen import line
 
@@ -51,47 +50,109 @@ def import_command(
     sys.stderr.write(f"{line(imported.assumed)}\n")
 
 
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        help="A final's or training's id; the folder or file of an artifact, an import or a bank; "
+        "or, with --recipe, a public script's file."
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="The dataset whose val split is scored; default, but for an import: embedded."
+    ),
+]
+Tokens = Annotated[Path | None, typer.Option(help="Score these ids instead: a .npy or a shard.")]
+Tokenizer = Annotated[Path | None, typer.Option(help="The SentencePiece model that made --tokens.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(help="Score only the first so many targets; variant A counts their tail again."),
+]
+Window = Annotated[int | None, typer.Option(help="Tokens a window reads.")]
+Stride = Annotated[int | None, typer.Option(help="Predictions a later window scores.")]
+Variant = Annotated[
+    Literal["A", "C"] | None, typer.Option(help="C scores each prediction once; A is old logs.")
+]
+Documents = Annotated[
+    bool, typer.Option("--documents", help="Keep documents apart: no context crosses a BOS.")
+]
+ScoreOverrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-S",
+        metavar="PATH=VALUE",
+        help="Set a value of the evaluation, such as evaluate.ttt.kind=sgd, or of --recipe.",
+    ),
+]
+ItsRecipe = Annotated[str | None, typer.Option(help="The recipe that fits a public script's file.")]
+Entry = Annotated[str | None, typer.Option(help="Which entry of a training's bank.")]
+Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="What the model computes in.")]
+Workers = Annotated[
+    int, typer.Option(min=1, help="Processes that share the work, one a GPU where there are any.")
+]
+Budget = Annotated[
+    float | None, typer.Option(help="Measure, and pick the best evaluation that takes no longer.")
+]
+
+
 @app.command()
 def score(
-    artifact: Annotated[
-        str, typer.Argument(help="A final's id, or the folder of an artifact or an import.")
-    ],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="The dataset whose val split is scored; default, but for an import: embedded."
-        ),
-    ] = None,
-    tokens: Annotated[
-        Path | None, typer.Option(help="Score these ids instead: a .npy or a shard.")
-    ] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="The SentencePiece model that made --tokens.")
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            help="Score only the first so many targets; variant A counts their tail again."
-        ),
-    ] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens a window reads.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Predictions a later window scores.")] = None,
-    variant: Annotated[
-        Literal["A", "C"] | None, typer.Option(help="C scores each prediction once; A is old logs.")
-    ] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="What the model computes in.")
-    ] = "float32",
+    checkpoint: Checkpoint,
+    data: Data = None,
+    tokens: Tokens = None,
+    tokenizer: Tokenizer = None,
+    limit: Limit = None,
+    window: Window = None,
+    stride: Stride = None,
+    variant: Variant = None,
+    documents: Documents = False,
+    overrides: ScoreOverrides = None,
+    recipe: ItsRecipe = None,
+    entry: Entry = None,
+    dtype: Dtype = "float32",
+    workers: Workers = 1,
+    budget_seconds: Budget = None,
     home: Home = _HOME,
     output: Output = "table",
 ) -> None:
-    """Score a model on disk again; a final is scored as it was unless told otherwise."""
-    from service.rescore import Source, rescore
+    """Score a model on disk again; a final by the windows that it was scored with, unless told.
 
-    asked = {"window": window, "stride": stride, "variant": variant}
-    given = {name: value for name, value in asked.items() if value is not None}
+    A score that was cut short goes on where it was when the same command runs again.
+    """
+    values = [parse_assignment(text) for text in overrides or []]
+    of_evaluation = [(path, value) for path, value in values if _is_of_evaluation(path)]
+    of_recipe = [(path, value) for path, value in values if not _is_of_evaluation(path)]
+    if of_recipe and recipe is None:
+        raise UsageError(
+            f"-S {of_recipe[0][0]}: only evaluate.… is set here, or a --recipe's value"
+        )
+    plain = {"window": window, "stride": stride, "variant": variant}
+    given = [(f"evaluate.{name}", value) for name, value in plain.items() if value is not None]
+    given += [("evaluate.documents", {})] if documents else []
+    from service.rescore import Asked, Source, rescore
+
+    asked = Asked(
+        evaluate=tuple((path.partition(".")[2], value) for path, value in given + of_evaluation),
+        recipe=None if recipe is None else _recipe(recipe, of_recipe),
+        entry=entry,
+        dtype=dtype,
+        workers=workers,
+        budget_s=budget_seconds,
+    )
     source = Source(data, tokens, tokenizer, limit)
-    _print(rescore(Paths(home), artifact, source, given, dtype), output)
+    _print(rescore(Paths(home), checkpoint, source, asked), output)
+
+
+def _is_of_evaluation(path: str) -> bool:
+    return path.startswith("evaluate.")
+
+
+def _recipe(name: str, values: list[tuple[str, Any]]) -> Recipe:
+    """Read a recipe that fits a public script's file."""
+    # What a final keeps as float16 is no part of the model: its layers must not stop an import.
+    data = with_values(load_recipe(name, "--recipe"), [("final.quantize.float16_keys", [])])
+    return parse(Recipe, with_values(data, values), name)
 
 
 def _print(document: dict[str, Any], output: str) -> None:

@@ -1,42 +1,100 @@
-"""Score a model on disk again, for anybody who doubts its number."""
+"""Score a model on disk, for anybody who doubts its number.
 
+Finds the model and the text, holds the text's bytes against what it decodes to, picks what a time
+budget allows, and has one process or several score; a score that was cut short goes on.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from service.catalogue_view import data_of
+from service.local_ranks import run_ranks
 from service.paths import Paths
-from trainer.codec import dump, parse
-from trainer.data.prepare import EMBEDDED_NAME
-from trainer.data.shards import open_shard
-from trainer.errors import DataError, UsageError
+from service.score_bar import ScoreBar
+from service.scored_text import Source, text_of
+from service.talk import Talk
+from trainer.codec import dump, parse, with_values
+from trainer.data.bytecount import decoded_bytes, table_for
+from trainer.data.tokenizer import open_tokenizer
+from trainer.errors import DataError, InfeasibleError, UsageError
+from trainer.evaluate.journal import Journal, identity
+from trainer.evaluate.progress import Progress
+from trainer.evaluate.tape import Tape
+from trainer.evaluate.timing import Option, measure, options, pick
 from trainer.finalize.artifact import read_weights
+from trainer.finalize.code import code_digest
 from trainer.finalize.pipeline import WEIGHTS_FILE
+from trainer.finalize.stored import restore
+from trainer.importer.fitting import fit
 from trainer.importer.folder import is_imported_bank, load_bank
-from trainer.protocol import SHARD_MAGIC, UNKNOWN_TOKENIZER
-from trainer.run import Text, check_tokenizer, score_state, val_text
-from trainer.runtime.distributed import current
-from trainer.runtime.files import read_json
+from trainer.importer.formats import read_public
+from trainer.model.build import build, load_state
+from trainer.model.gpt import GPT
+from trainer.protocol import UNKNOWN_TOKENIZER
+from trainer.results import Score
+from trainer.run import load_training
+from trainer.runtime.distributed import Ranks, best_device, current
+from trainer.runtime.files import locked, read_json
+from trainer.runtime.tensors import load_tensors, saved_names
+from trainer.scoring import Text, check_tokenizer, score_text
 from trainer.specs.evaluate import EvaluateSpec
-from trainer.specs.recipe import DataSpec
+from trainer.specs.model import ModelSpec
+from trainer.specs.recipe import Recipe
 from trainer.specs.task import FinalTask
-
-_NPY_MAGIC = b"\x93NUMPY"
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """What is to be scored: a dataset's val split by name, or a file of ids with its tokenizer.
+class Asked:
+    """What may be told besides the model and the text.
 
-    Of either only the first `limit` targets, where given.
+    `evaluate` sets dotted paths over how a final was scored; `recipe` fits a public script's file;
+    `entry` is one of a bank; `budget_s` has the evaluation picked to take no longer.
     """
 
-    data: str | None = None
-    tokens: Path | None = None
-    tokenizer: Path | None = None
-    limit: int | None = None
+    evaluate: tuple[tuple[str, Any], ...] = ()
+    recipe: Recipe | None = None
+    entry: str | None = None
+    dtype: str = "float32"
+    workers: int = 1
+    budget_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """A model read from disk; `tokenizer` is the sha256 that it names, or unknown."""
+
+    spec: ModelSpec
+    state: Mapping[str, Tensor]
+    tokenizer: str
+    where: Path
+
+    def on(self, dtype: str, ranks: Ranks) -> GPT:
+        """Build it on a rank's device."""
+        model = build(self.spec, dtype=dtype)
+        load_state(model, dict(self.state))
+        return model.to(ranks.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every rank is told: it reads the model and the text by itself.
+
+    `journal` is the folder in which the score `key` keeps what a later attempt goes on from.
+    """
+
+    path: Path
+    asked: Asked
+    home: Path
+    source: Source
+    spec: EvaluateSpec
+    journal: Path
+    key: str
+    save_every_s: float = 30.0
 
 
 def model_of(paths: Paths, ref: str) -> tuple[Path, Path | None]:
@@ -60,34 +118,111 @@ def model_of(paths: Paths, ref: str) -> tuple[Path, Path | None]:
     return matching[0] / "artifact", matching[0]
 
 
-def rescore(
-    paths: Paths, ref: str, source: Source, asked: dict[str, Any], dtype: str
-) -> dict[str, Any]:
-    """Load an artifact or an imported bank into a fresh model and score it.
+def rescore(paths: Paths, ref: str, source: Source, asked: Asked) -> dict[str, Any]:
+    """Load a model on disk into a fresh one and score it on a text.
 
-    `asked` may set window, stride, variant.
+    InfeasibleError where no evaluation fits the budget, or the totals are not the text's.
     """
-    folder, final = model_of(paths, ref)
-    wanted = {**(_evaluated(final) if final else {}), **asked}
+    path, final = _find(paths, ref)
+    wanted = with_values(_evaluated(final) if final else {}, asked.evaluate)
     if "window" not in wanted:
-        raise UsageError(f"{folder}: say how long a window the model was trained on: --window")
+        raise UsageError(f"{path}: say how long a window the model was trained on: --window")
     wanted.setdefault("stride", wanted["window"])
     spec = parse(EvaluateSpec, wanted, "score")
-    if is_imported_bank(folder):
-        model, state = load_bank(folder)
-        tokenizer = UNKNOWN_TOKENIZER
-    else:
-        model, state, facts = read_weights(folder / WEIGHTS_FILE)
-        tokenizer = facts.tokenizer_sha256
-    if tokenizer == UNKNOWN_TOKENIZER and source == Source(limit=source.limit):
+    model = _load(path, asked)
+    if model.tokenizer == UNKNOWN_TOKENIZER and source == Source(limit=source.limit):
         raise UsageError(
-            f"{folder}: its tokenizer is not known; name a text of it, --tokens with --tokenizer "
+            f"{path}: its tokenizer is not known; name a text of it, --tokens with --tokenizer "
             "or --data"
         )
     text = text_of(paths, source)
-    check_tokenizer(tokenizer, text.tokenizer, folder / WEIGHTS_FILE)
-    score, _ = score_state(model, state, text, spec, current(), dtype=dtype)
-    return {"artifact": str(folder), **dump(score)}
+    check_tokenizer(model.tokenizer, text.tokenizer, model.where)
+    table_for(text.tokens, text.tokenizer, model.spec.vocab_size, text.where)
+    talk = Talk()
+    num_bytes, undecodable = decoded_bytes(
+        open_tokenizer(text.tokenizer), np.asarray(text.tokens), text.where
+    )
+    if undecodable:
+        talk.say("not_text", text=text.where, undecodable_pieces=undecodable)
+    picked: dict[str, Any] = {}
+    if asked.budget_s is not None:
+        option = _affordable(spec, model, text, asked, talk)
+        spec, picked = option.spec, {"picked": option.choices()}
+    key = _key(model, text, spec, asked)
+    journal = paths.home / "scores" / key[:20]
+    job = Job(path, asked, paths.home, source, spec, journal, key)
+    with undisturbed(journal), ScoreBar(talk, len(text.tokens) - 1) as bar:
+        if asked.workers == 1:
+            score = score_job(job, model, text, current(), bar)
+        else:
+            score = run_ranks(score_rank, job, asked.workers, bar)
+    if spec.variant == "C" and (score.tokens, score.bytes) != (len(text.tokens) - 1, num_bytes):
+        raise InfeasibleError(
+            f"{text.where}: scored {score.tokens:,} tokens and {score.bytes:,} bytes of "
+            f"{len(text.tokens) - 1:,} and {num_bytes:,}; do not use this score"
+        )
+    return {"artifact": str(path), **dump(score), **picked}
+
+
+def score_rank(job: Job, ranks: Ranks, progress: Progress) -> Score:
+    """Do one rank's share of a score; every rank returns the whole."""
+    model, text = _load(job.path, job.asked), text_of(Paths(job.home), job.source)
+    return score_job(job, model, text, ranks, progress)
+
+
+def score_job(job: Job, model: Model, text: Text, ranks: Ranks, progress: Progress) -> Score:
+    """Score a text, or what an attempt that was cut short left of it."""
+    journal = Journal(job.journal, job.key, ranks.rank, job.save_every_s)
+    built = model.on(job.asked.dtype, ranks)
+    return score_text(built, text, job.spec, ranks, progress=progress, journal=journal).score
+
+
+@contextmanager
+def undisturbed(journal: Path) -> Iterator[None]:
+    """Keep other processes off a score; nothing of that is left behind.
+
+    UsageError while another one is at it, or where the home cannot be written.
+    """
+    lock = journal.with_suffix(".lock")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock, wait=False))
+        except BlockingIOError as error:
+            raise UsageError(
+                f"{journal}: another process is at the same score; wait for it to end"
+            ) from error
+        except OSError as error:
+            raise UsageError(f"{lock}: {error.strerror}; take another --home") from error
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            with suppress(OSError):  # a journal is there
+                lock.parent.rmdir()
+
+
+def _key(model: Model, text: Text, spec: EvaluateSpec, asked: Asked) -> str:
+    """Name everything that a score follows from."""
+    # Steps on averaged gradients follow from how many share them; scores alone do not.
+    gang = None if spec.ttt is None else asked.workers
+    facts = [code_digest(), dump(spec), dump(model.spec), asked.dtype, best_device(0).type, gang]
+    return identity(facts, dict(model.state), np.asarray(text.tokens))
+
+
+def _affordable(spec: EvaluateSpec, model: Model, text: Text, asked: Asked, talk: Talk) -> Option:
+    """Measure, say what each way to evaluate would take, and return the best within the budget."""
+    assert asked.budget_s is not None
+    ranks = current()
+    speed = measure(model.on(asked.dtype, ranks), spec, ranks)
+    tape = Tape(text.tokens)
+    starts = None if spec.documents is None else tape.document_starts(spec.documents.bos)
+    found = options(spec, len(tape), starts, speed, asked.workers)
+    for option in found:
+        fits = "yes" if option.seconds <= asked.budget_s else "no"
+        talk.say("estimate", **option.choices(), seconds=round(option.seconds, 1), fits=fits)
+    picked = pick(found, asked.budget_s)
+    talk.say("picked", **picked.choices(), seconds=round(picked.seconds, 1))
+    return picked
 
 
 def _evaluated(final: Path) -> dict[str, Any]:
@@ -103,60 +238,59 @@ def _evaluated(final: Path) -> dict[str, Any]:
         ) from error
 
 
-def text_of(paths: Paths, source: Source) -> Text:
-    """Read what is to be scored. UsageError for options that contradict, DataError for a file."""
-    if source.tokens is None:
-        if source.tokenizer is not None:
-            raise UsageError("--tokenizer: belongs to --tokens; a dataset has its own")
-        text = val_text(data_of(paths, DataSpec(name=source.data or EMBEDDED_NAME)))
-    elif source.data is not None:
-        raise UsageError("--tokens and --data: give one of them, each is a text to score")
-    elif source.tokenizer is None:
-        raise UsageError("--tokens: say which SentencePiece model made them: --tokenizer")
-    else:
-        text = Text(read_tokens(source.tokens), source.tokenizer, str(source.tokens))
-    if source.limit is None:
-        return text
-    targets = len(text.tokens) - 1
-    if not 0 < source.limit <= targets:
-        raise UsageError(
-            f"--limit {source.limit}: {text.where} has {targets} targets; ask for 1 to {targets}"
-        )
-    return Text(text.tokens[: source.limit + 1], text.tokenizer, text.where)
+def _find(paths: Paths, ref: str) -> tuple[Path, Path | None]:
+    """As `model_of`, but a file stands for itself, and a training's id for its bank."""
+    if ref and Path(ref).is_file():
+        return Path(ref), None
+    trained = sorted((paths.store / "trainings").glob("*/result.json"))
+    matching = [path.parent for path in trained if ref and path.parent.name.startswith(ref)]
+    if len(matching) == 1 and not Path(ref).exists():
+        return matching[0], None
+    return model_of(paths, ref)
 
 
-def read_tokens(path: Path) -> np.ndarray:
-    """Read token ids from a .npy of one row of integers, or from a shard; told by content."""
+def _load(path: Path, asked: Asked) -> Model:
+    """Read an artifact, a bank or, with its recipe, a public script's file."""
+    if asked.recipe is not None:
+        return _public(path, asked.recipe, asked.entry)
+    folder = path.parent if (path / "index.json").is_file() else path  # the bank's own folder
+    if is_imported_bank(folder):
+        _only_entry(folder, "raw", asked.entry)
+        return Model(*load_bank(folder), UNKNOWN_TOKENIZER, folder / WEIGHTS_FILE)
+    if (folder / "bank" / "index.json").is_file() and (folder / "task.json").is_file():
+        return _trained(folder, asked.entry)
+    file = path if path.is_file() else path / WEIGHTS_FILE
+    if asked.entry is not None:
+        raise UsageError(f"--entry {asked.entry}: {file} is no bank; leave it out")
     try:
-        if path.exists() and not path.is_file():  # a pipe would wait for ever
-            raise DataError(f"{path}: not a regular file; give a .npy or a shard")
-        with path.open("rb") as file:
-            head = file.read(len(_NPY_MAGIC))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; give a .npy or a shard") from error
-    if head.startswith(SHARD_MAGIC.to_bytes(4, "little")):
-        return open_shard(path)
-    if head != _NPY_MAGIC:
-        raise DataError(f"{path}: neither a .npy of token ids nor a shard; give one of them")
-    try:
-        # Mapped, so that a header which claims more than the file has costs no memory.
-        ids = np.load(path, mmap_mode="r", allow_pickle=False)
-    # The file is foreign bytes: the reader raises whatever it stumbles over.
-    except Exception as error:
-        raise DataError(
-            f"{path}: not a whole .npy ({_first_line(error)}); write it again"
-        ) from error
-    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise DataError(
-            f"{path}: {ids.dtype} of shape {ids.shape}, expected one row of integers; write it so"
-        )
-    # What is beyond int64 is beyond any vocabulary.
-    if not 2 <= ids.size < 2**31 or int(ids.min()) < 0 or int(ids.max()) >= 2**31:
-        raise DataError(
-            f"{path}: expected two or more ids from 0 up, of a vocabulary; write it again"
-        )
-    return ids.astype(np.int64)
+        spec, state, facts = read_weights(file)
+    except DataError as error:
+        if path.is_file() and path.name != WEIGHTS_FILE:
+            raise DataError(f"{error}; a public script's file needs --recipe") from error
+        raise
+    return Model(spec, state, facts.tokenizer_sha256, file)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:200]
+def _public(path: Path, recipe: Recipe, entry: str | None) -> Model:
+    if not path.is_file():
+        raise UsageError(f"--recipe: it fits a public script's file, and {path} is a folder")
+    if entry is not None:
+        raise UsageError(f"--entry {entry}: {path} is no bank; leave it out")
+    file = read_public(path)
+    spec = recipe.model.exported() if file.is_quantized else recipe.model
+    state = {name: restore(part) for name, part in fit(file, spec, str(path)).items()}
+    return Model(spec, state, UNKNOWN_TOKENIZER, path)
+
+
+def _trained(folder: Path, entry: str | None) -> Model:
+    task, _ = load_training(folder)
+    entries = saved_names(folder / "bank")
+    if entry is None and len(entries) > 1:
+        raise UsageError(f"{folder}: say which entry of the bank: --entry {' | '.join(entries)}")
+    state = load_tensors(folder / "bank", entry or entries[0])
+    return Model(task.model, state, UNKNOWN_TOKENIZER, folder / "bank")
+
+
+def _only_entry(folder: Path, name: str, entry: str | None) -> None:
+    if entry not in (None, name):
+        raise UsageError(f"--entry {entry}: {folder} holds only {name}")

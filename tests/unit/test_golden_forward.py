@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from tests import golden_pr414 as golden
+from tests import tiny
 from trainer.data.bytecount import ByteTable
 from trainer.evaluate.sliding import score_stream
 from trainer.model.build import build, load_state
+from trainer.model.kernels import token_loss
 from trainer.runtime.distributed import Ranks
 from trainer.specs.evaluate import EvaluateSpec
 
@@ -67,3 +69,94 @@ def test_a_window_that_the_end_cuts_short_turns_positions_like_a_whole_one(
         nats, scored = nats + float(losses.double().sum()), scored + len(losses)
     assert (totals.tokens, scored) == (num_targets, num_targets)
     assert totals.nats == pytest.approx(nats, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def rich():
+    """Every optional part, awake; its NTK rule binds beyond 6 tokens."""
+    built = build(tiny.rich_model(), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return built.eval()
+
+
+@torch.no_grad()
+def check_ends(model, tokens, ends):
+    """Losses of the last positions, from what reaches them, are those of the whole forward."""
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    whole = token_loss(model.logits(model.hidden(inputs)), targets)
+    for scored in ends:
+        end = model(inputs, targets[:, -scored:])
+        assert end.shape == (len(tokens), scored)
+        torch.testing.assert_close(end, whole[:, -scored:], rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_reach_a_scored_position_changes_no_loss(model):
+    tokens = torch.from_numpy(np.load(golden.FOLDER / "tokens.npy").astype(np.int64))[None]
+
+    check_ends(model, tokens[:, :2049], (1, 64, 1000))
+
+
+def test_nor_does_it_in_a_model_of_every_part(rich):
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(64, size=(3, 13)))
+
+    check_ends(rich, tokens, (1, 5, 12))
+
+
+def test_the_last_layer_computes_for_the_scored_positions_alone(rich):
+    widths: dict[str, set[int]] = {}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: widths.setdefault(name, set()).add(args[0].shape[1])
+        )
+        for name, module in rich.named_modules()
+        if name.startswith("blocks.") and name.endswith((".query", ".value", ".out", ".mlp"))
+    ]
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(64, size=(2, 13)))
+
+    rich(tokens[:, :-1], tokens[:, -3:])
+
+    for hook in hooks:
+        hook.remove()
+    last = {f"blocks.3.{part}" for part in ("attention.query", "attention.out", "mlp")}
+    assert {name for name, seen in widths.items() if seen == {3}} == last
+    assert all(seen == {12} for name, seen in widths.items() if name not in last)
+
+
+@pytest.mark.parametrize("scored", [1, 7])
+def test_the_beginning_of_a_window_turns_as_in_the_whole_one(rich, scored):
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(64, size=(2, 21)))
+
+    with torch.no_grad():
+        whole = rich(tokens[:, :-1], tokens[:, 1:])[:, 8 - scored : 8]
+        short = rich(tokens[:, :8], tokens[:, 9 - scored : 9], 20)
+        untold = rich(tokens[:, :8], tokens[:, 9 - scored : 9])
+
+    torch.testing.assert_close(short, whole, rtol=1e-5, atol=1e-5)
+    assert (untold - whole).abs().max() > 1e-3
+
+
+def test_gradients_of_scored_losses_are_those_of_the_whole_forward(rich):
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(64, size=(2, 13)))
+    inputs, targets = tokens[:, :-1], tokens[:, -3:]
+    parameters = [p for name, p in rich.named_parameters() if not name.startswith("mtp")]
+
+    end = torch.autograd.grad(rich(inputs, targets).sum(), parameters)
+
+    hidden = rich.hidden(inputs)[:, -3:]
+    whole = torch.autograd.grad(token_loss(rich.logits(hidden), targets).sum(), parameters)
+    for ours, plain in zip(end, whole, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_forward_that_scores_an_end_is_one_graph():
+    bare = build(tiny.bare_model(), seed=0).eval()
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(64, size=(2, 13)))
+
+    compiled = torch.compile(bare, fullgraph=True, backend="eager")
+
+    torch.testing.assert_close(
+        compiled(tokens[:, :-1], tokens[:, -3:], 16), bare(tokens[:, :-1], tokens[:, -3:], 16)
+    )

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests import tiny
 from tests.strategies import models
@@ -14,17 +15,35 @@ from trainer.finalize.prune import prune
 from trainer.finalize.quantize import quantize_matrix, quantize_tensors
 from trainer.model.build import build
 from trainer.model.roles import roles_of
+from trainer.rows import typical_deviations
 from trainer.sizes import (
-    CONTAINER_FACTOR,
+    CONTAINER_FACTORS,
+    ROW_STDS,
     TYPICAL_ROW_STD,
+    TensorSize,
     bits_per_weight,
     flops_per_token,
+    forecast_interval,
     forecast_weights_bytes,
+    gaussian_code,
     is_pruned,
     num_params,
     tensor_sizes,
 )
-from trainer.specs.final import Bits, FinalSpec, Int8Rule, Prune, Quantize
+from trainer.specs.final import (
+    Bits,
+    Brotli,
+    Clips,
+    FinalSpec,
+    Int8Rule,
+    Lzma,
+    Prune,
+    Quantize,
+    RangeCoder,
+    TrimOnes,
+    Zlib,
+    Zstd,
+)
 from trainer.specs.model import (
     Attention,
     HashEmbedding,
@@ -67,6 +86,10 @@ def test_the_baseline_has_the_published_number_of_parameters():
     assert num_params(recipe.model) == 17_059_912
 
 
+def mlp(row):
+    return TensorSize("blocks.0.mlp.up.weight", (256, row), "matrix", "mlp")
+
+
 @pytest.mark.parametrize(
     ("bits", "clip", "row", "entropy"),
     [
@@ -81,7 +104,9 @@ def test_the_baseline_has_the_published_number_of_parameters():
     ],
 )
 def test_bits_per_weight_are_those_measured_on_gaussian_rows(bits, clip, row, entropy):
-    assert bits_per_weight(bits, row, Quantize(clip=clip)) == pytest.approx(entropy, abs=0.06)
+    spec = Quantize(bits=Bits(mlp=bits), clip=clip, float_numel=0)
+
+    assert bits_per_weight(mlp(row), spec) == pytest.approx(entropy, abs=0.06)
 
 
 def entropy_of(weight, bits, spec):
@@ -105,7 +130,8 @@ def test_the_floor_of_the_scale_is_forecast_for_rows_of_the_typical_deviation(bi
 
     measured = entropy_of(TYPICAL_ROW_STD * noise, bits, spec)
 
-    assert bits_per_weight(bits, 512, spec) == pytest.approx(measured, abs=0.06)
+    of_class = replace(spec, bits=Bits(mlp=bits), float_numel=0)
+    assert bits_per_weight(mlp(512), of_class) == pytest.approx(measured, abs=0.06)
 
 
 @pytest.mark.parametrize("row", [64, 512, 2048])
@@ -113,7 +139,7 @@ def test_the_row_maximum_is_that_of_normal_draws(row):
     draws = torch.randn(4000, row, generator=torch.Generator().manual_seed(0))
     measured = float(draws.abs().amax(dim=1).mean())
 
-    forecast = 31 / 2 ** (bits_per_weight(6, row, Quantize()) - 2.047)
+    forecast = 31 / 2 ** (bits_per_weight(mlp(row), Quantize(float_numel=0)) - 2.047)
 
     assert forecast == pytest.approx(measured, rel=0.02)
 
@@ -128,7 +154,7 @@ def written_bytes(final, path):
             if is_pruned(tensor, final.prune):
                 state[tensor.name] = prune(state[tensor.name], final.prune.ratio)
     stored, _ = quantize_tensors(state, sizes, final.quantize)
-    return write_weights(path, MODEL, stored, final.compress, "ab" * 32)
+    return write_weights(path, MODEL, stored, final.compress, "ab" * 32).num_bytes
 
 
 @pytest.mark.parametrize(
@@ -165,7 +191,7 @@ def test_small_tensors_cost_their_floats():
     forecast = forecast_weights_bytes(MODEL, whole)
 
     floats = 4 * scalars + 2 * (num_params(MODEL) - scalars)
-    assert forecast == round(CONTAINER_FACTOR * floats)
+    assert forecast == round(CONTAINER_FACTORS["zstd"] * floats)
 
 
 def test_each_class_is_forecast_in_its_own_bits():
@@ -182,7 +208,7 @@ def test_each_class_is_forecast_in_its_own_bits():
     for part in ("mlp", "attention", "hash", "embed", "other"):
         numel = sum(t.numel for t in tensor_sizes(blueprint(model)) if t.part == part)
         saved = forecast(**{part: 6}) - forecast(**{part: 5})
-        assert saved == pytest.approx(CONTAINER_FACTOR * numel / 8, rel=0.1), part
+        assert saved == pytest.approx(CONTAINER_FACTORS["zstd"] * numel / 8, rel=0.1), part
 
 
 def test_a_kept_key_is_forecast_as_float16():
@@ -261,6 +287,106 @@ def test_the_forecast_is_near_what_the_public_systems_measured(
 ):
     assert num_params(model) == num_parameters
     assert forecast_weights_bytes(model, final) == pytest.approx(measured, rel=0.06)
+
+
+@given(
+    step=st.floats(0.02, 5.0),
+    levels=st.sampled_from([1, 3, 7, 31, 127]),
+    zero=st.one_of(st.none(), st.floats(0.0, 2.0)),
+)
+@settings(max_examples=30, deadline=None)
+def test_code_of_a_normal_draw_is_what_rounding_many_gives(step, levels, zero):
+    draws = torch.randn(200_000, generator=torch.Generator().manual_seed(0)).double()
+    kept = draws if zero is None else torch.where(draws.abs() < zero, 0.0, draws)
+    q = torch.round(kept / step).clamp(-levels, levels)
+    shares = torch.unique(q, return_counts=True)[1].double() / len(q)
+
+    bits, error = gaussian_code(step, levels, zero)
+
+    assert bits == pytest.approx(-float(torch.xlogy(shares, shares).sum()) / math.log(2), abs=0.02)
+    assert error == pytest.approx(float((q * step - draws).square().mean()), rel=0.05, abs=1e-4)
+
+
+def test_a_class_is_forecast_by_its_own_clip():
+    quantize = Quantize(clip="sd12", float_numel=0)
+    coarse = replace(quantize, clips=Clips(mlp="sd24"))
+    numel = sum(t.numel for t in tensor_sizes(blueprint(MODEL)) if t.part == "mlp")
+
+    plain, other = (
+        forecast_weights_bytes(MODEL, FinalSpec(quantize=spec)) for spec in (quantize, coarse)
+    )
+
+    assert plain - other == pytest.approx(CONTAINER_FACTORS["zstd"] * numel / 8, rel=0.05)
+
+
+def test_coders_are_forecast_in_the_order_that_files_have():
+    coders = (RangeCoder(), Brotli(), Zstd(), Zlib(), Lzma())
+
+    sizes = [forecast_weights_bytes(MODEL, FinalSpec(compress=coder)) for coder in coders]
+
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) == len(coders)
+
+
+FLOOR = FinalSpec(quantize=Quantize(scale_floor=1 / 31, float_numel=4096))
+FREE = FinalSpec(quantize=Quantize(clip="sd12.85", float_numel=4096))
+
+
+def test_interval_is_wide_where_the_floor_rules_and_narrow_where_steps_go_with_the_rows():
+    floor, free = forecast_interval(MODEL, FLOOR), forecast_interval(MODEL, FREE)
+
+    assert floor.low < floor.point < floor.high
+    assert (floor.high - floor.low) / floor.point > 2 * (free.high - free.low) / free.point
+
+
+def test_measured_rows_narrow_the_interval_where_the_floor_rules():
+    sizes = tensor_sizes(blueprint(MODEL))
+    stds = {tensor.name: ROW_STDS[0] for tensor in sizes}
+
+    before, after = forecast_interval(MODEL, FLOOR), forecast_interval(MODEL, FLOOR, stds)
+
+    assert after.low == before.low
+    assert after.high < before.high
+    assert before.low < after.point < before.point
+
+
+@pytest.mark.parametrize("final", [FLOOR, FREE], ids=["floor", "free"])
+def test_written_file_lies_in_the_interval_of_its_own_weights(final, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    sizes = tensor_sizes(blueprint(MODEL))
+    spread = torch.linspace(0.05, 0.2, 7)
+    state = {
+        t.name: spread[index % 7] * torch.randn(t.shape, generator=generator)
+        for index, t in enumerate(sizes)
+    }
+    stored, _ = quantize_tensors(state, sizes, final.quantize)
+    path = tmp_path / "weights.fw"
+
+    written = write_weights(path, MODEL, stored, final.compress, "ab" * 32).num_bytes
+
+    forecast = forecast_interval(MODEL, final, typical_deviations(state))
+    assert forecast.low <= written <= forecast.high
+
+
+def test_typical_deviation_is_the_geometric_mean_of_the_rows_and_dead_rows_hardly_count():
+    noise = torch.randn(4, 4096, generator=torch.Generator().manual_seed(0))
+    rows = torch.tensor([0.1, 0.4, 0.1, 0.4]).unsqueeze(1) * noise
+    dead = torch.cat([rows.repeat(16, 1), torch.zeros(1, 4096)])
+
+    found = typical_deviations({"matrix": rows, "dead": dead, "none": 0 * rows, "gain": rows[0]})
+
+    assert found["matrix"] == pytest.approx(0.2, rel=0.02)
+    assert found["dead"] == pytest.approx(0.2, rel=0.08)
+    assert found["none"] == 0.0
+    assert "gain" not in found
+
+
+def test_file_that_is_trimmed_is_forecast_at_its_target():
+    trimmed = replace(FREE, trim_ones=TrimOnes(weights_bytes=1_000))
+
+    forecast = forecast_interval(MODEL, trimmed)
+
+    assert (forecast.low, forecast.point, forecast.high) == (1_000, 1_000, 1_000)
 
 
 def test_fewer_bits_and_more_pruning_forecast_fewer_bytes():

@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -11,15 +11,21 @@ from tests.reference import sliding_reference as plain
 from trainer.data.bytecount import ByteTable
 from trainer.errors import DataError
 from trainer.evaluate.sliding import score_stream
-from trainer.evaluate.windows import Windows, plan_windows, times_scored
+from trainer.evaluate.windows import Windows, batches, concatenate, plan_windows, times_scored
 from trainer.model.build import build
 from trainer.runtime.distributed import Ranks
 from trainer.specs.evaluate import EvaluateSpec
+from trainer.specs.model import Rope
 
 ALONE = Ranks()
 SP1024_PREDICTIONS = 62_021_632
 LAYOUTS = st.integers(1, 300).flatmap(
     lambda window: st.tuples(st.integers(1, 900), st.just(window), st.integers(1, window))
+)
+
+
+NTK = tiny.full_model(
+    attention=replace(tiny.full_model().attention, rope=Rope(dims=4, ntk_reference=6))
 )
 
 
@@ -35,7 +41,7 @@ class OneOfTwo(Ranks):
 
 @pytest.fixture(scope="module")
 def model():
-    built = build(tiny.full_model(), seed=0)
+    built = build(NTK, seed=0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in built.parameters():
@@ -63,6 +69,10 @@ def score(model, tokens, table, spec, ranks=ALONE):
     return totals.nats, totals.tokens, totals.bytes
 
 
+def rows(plan):
+    return sorted(zip(plan.start.tolist(), plan.stop.tolist(), plan.scored.tolist(), strict=True))
+
+
 @given(LAYOUTS)
 def test_variant_c_scores_every_prediction_exactly_once(layout):
     num_predictions, window, stride = layout
@@ -87,6 +97,41 @@ def test_the_windows_are_those_of_the_plain_twin(layout):
 
 
 @given(LAYOUTS)
+def test_the_windows_of_variant_a_are_those_of_the_plain_twin(layout):
+    num_predictions, window, stride = layout
+
+    plan = plan_windows(num_predictions, EvaluateSpec(window=window, stride=stride, variant="A"))
+
+    starts = np.repeat(plan.start, plan.scored).tolist()
+    found = list(zip(starts, plan.positions().tolist(), strict=True))
+    assert found == plain.plan_again(num_predictions, window, stride)
+
+
+@given(LAYOUTS, st.sampled_from("AC"), st.integers(1, 20), st.integers(1, 4))
+def test_the_ranks_batches_are_the_whole_plan(layout, variant, size, world_size):
+    num_predictions, window, stride = layout
+    plan = plan_windows(
+        num_predictions, EvaluateSpec(window=window, stride=stride, variant=variant)
+    )
+
+    found = list(batches(plan, size))
+
+    shares = [found[rank::world_size] for rank in range(world_size)]
+    taken = concatenate([batch for share in shares for batch in share])
+    assert rows(taken) == rows(plan)
+    for batch in found:
+        assert len(batch) * batch.length.max() <= size * plan.length.max()
+
+
+def test_a_flat_stream_is_scored_in_the_order_of_the_text():
+    plan = plan_windows(1000, EvaluateSpec(window=32, stride=8))
+
+    order = concatenate(list(batches(plan, 16)))
+
+    assert (np.diff(order.positions()) == 1).all()
+
+
+@given(LAYOUTS)
 def test_after_the_first_window_every_prediction_has_the_promised_context(layout):
     num_predictions, window, stride = layout
 
@@ -95,19 +140,6 @@ def test_after_the_first_window_every_prediction_has_the_promised_context(layout
     context = (plan.stop - plan.scored - plan.start)[1:]
     assert (context >= window - stride).all()
     assert (plan.stop - plan.start <= window).all()
-
-
-@given(LAYOUTS, st.integers(1, 9))
-def test_the_ranks_parts_are_the_whole_plan_in_order(layout, world_size):
-    num_predictions, window, stride = layout
-    whole = plan_windows(num_predictions, EvaluateSpec(window=window, stride=stride))
-
-    parts = [whole.part(rank, world_size) for rank in range(world_size)]
-
-    for column in ("start", "stop", "scored"):
-        joined = np.concatenate([getattr(part, column) for part in parts])
-        assert (joined == getattr(whole, column)).all()
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 @pytest.mark.parametrize(
@@ -139,15 +171,17 @@ def test_stride_equal_to_window_means_blocks():
     assert plan.scored.tolist() == [32, 32, 6]
 
 
+@pytest.mark.parametrize("variant", ["A", "C"])
 @pytest.mark.parametrize(("window", "stride"), [(16, 4), (16, 16), (24, 7), (200, 50)])
-def test_the_score_is_the_plain_twins(model, tokens, table, window, stride):
-    spec = EvaluateSpec(window=window, stride=stride, batch_windows=3)
+def test_the_score_is_the_plain_twins(model, tokens, table, window, stride, variant):
+    spec = EvaluateSpec(window=window, stride=stride, variant=variant, batch_windows=3)
 
     found = score(model, tokens, table, spec)
 
-    nats, num_tokens, num_bytes = plain.score(model, tokens.tolist(), table, window, stride)
+    pairs = (plain.plan if variant == "C" else plain.plan_again)(100, window, stride)
+    nats, *counted = plain.score(model, tokens.tolist(), table, pairs, window)
     assert found[0] == pytest.approx(nats, rel=1e-6)
-    assert found[1:] == (num_tokens, num_bytes)
+    assert list(found[1:]) == counted
 
 
 @pytest.mark.parametrize("batch_windows", [1, 5, 64])
@@ -160,7 +194,7 @@ def test_the_score_does_not_depend_on_the_batch(model, tokens, table, batch_wind
 
 
 def test_two_ranks_shares_add_up_to_the_score_of_one(model, tokens, table):
-    spec = EvaluateSpec(window=16, stride=4)
+    spec = EvaluateSpec(window=16, stride=4, batch_windows=3)
 
     shares = [score(model, tokens, table, spec, OneOfTwo(rank=rank)) for rank in range(2)]
 
@@ -169,10 +203,10 @@ def test_two_ranks_shares_add_up_to_the_score_of_one(model, tokens, table):
     assert all(0 < share[1] < whole[1] for share in shares)
 
 
-def test_a_rank_without_a_window_scores_nothing(model, table):
+def test_a_rank_without_a_batch_scores_nothing(model, table):
     spec = EvaluateSpec(window=16, stride=16)
 
-    share = score(model, np.array([1, 2, 3], dtype=np.uint16), table, spec, OneOfTwo(rank=0))
+    share = score(model, np.array([1, 2, 3], dtype=np.uint16), table, spec, OneOfTwo(rank=1))
 
     assert share == (0.0, 0, 0)
 
@@ -193,7 +227,7 @@ def test_a_stream_with_nothing_to_predict_is_refused(model, table):
         score(model, np.array([1], dtype=np.uint16), table, spec)
 
 
-def test_an_empty_part_has_no_windows():
+def test_no_windows_make_no_batch():
     nothing = np.array([], dtype=np.int64)
 
-    assert len(Windows(nothing, nothing, nothing).part(0, 2)) == 0
+    assert list(batches(Windows(nothing, nothing, nothing), 4)) == []

@@ -65,6 +65,27 @@ class ByteTable:
         return self.lut[target].astype(np.int64) + has_space
 
 
+def table_for(tokens: np.ndarray, tokenizer: Path, vocab_size: int, where: str) -> ByteTable:
+    """Return the table of the tokenizer that made the tokens a model of `vocab_size` will score.
+
+    DataError for ids that the model has no row for, and for a tokenizer that would give such ids:
+    its table counts another text's bytes.
+    """
+    largest = int(tokens.max(initial=0))
+    if largest >= vocab_size:
+        raise DataError(
+            f"{where}: token id {largest}, but the model's vocab_size is {vocab_size}; "
+            "score tokens of its own tokenizer"
+        )
+    table = ByteTable.load(tokenizer, vocab_size)
+    if len(table.lut) > vocab_size:
+        raise DataError(
+            f"{tokenizer}: {len(table.lut)} tokens, but the model's vocab_size is {vocab_size}; "
+            "give the tokenizer that the model was trained with"
+        )
+    return table
+
+
 def count_stream(
     stream: TokenStream, table: ByteTable, where: Path, chunk_tokens: int = 1 << 24
 ) -> tuple[int, int]:
@@ -104,6 +125,44 @@ def verify_decoded(
     return total
 
 
+def decoded_bytes(
+    tokenizer: sentencepiece.SentencePieceProcessor, tokens: np.ndarray, where: str
+) -> tuple[int, int]:
+    """Return the bytes of text that the targets tokens[1:] stand for, from what they decode to, and
+    how many pieces of the text do not decode.
+
+    A piece of text lies between control tokens; its first token's space is not in it. The first
+    token is no target, so its own bytes are left out. Of a character that an end of the tokens
+    cuts, each byte counts for itself. What holds unknown tokens or broken characters is no text
+    and counts as the table has it. DataError where a text decodes to other bytes than the table
+    counts: bits per byte would be wrong.
+    """
+    table = ByteTable.build(tokenizer, int(tokens.max(initial=0)) + 1)
+    is_control = table.is_boundary[tokens] & (tokens != tokenizer.unk_id())
+    edges = np.unique(np.concatenate([[0], np.flatnonzero(is_control), [len(tokens)]]))
+    total = undecodable = 0
+    for first, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        targets = tokens[max(first, 1) : stop]
+        counted = int(table.count(tokens[max(first, 1) - 1 : stop - 1], targets).sum())
+        total += counted
+        pieces = tokens[first + int(is_control[first]) : stop]
+        if len(tokenizer.decode(pieces.tolist()).encode()) == counted:
+            continue
+        whole = _without_cut_tail(tokenizer, pieces) if stop == len(tokens) else pieces
+        if first == 0 and not is_control[0]:
+            counted += int(table.lut[tokens[0]])
+            whole = _without_cut_head(tokenizer, whole)
+        cut = len(pieces) - len(whole)
+        if len(whole) and whole[0] != pieces[0]:  # what follows a cut character keeps its space
+            cut += int(table.has_leading_space[whole[0]])
+        text = tokenizer.decode(whole.tolist())
+        if tokenizer.unk_id() in pieces or "\ufffd" in text:
+            undecodable += 1
+        elif len(text.encode()) + cut != counted:
+            raise DataError(_wrong_bytes(f"{where}: tokens {first}..{stop - 1}", text, counted))
+    return total, undecodable
+
+
 def verify_document(
     tokenizer: sentencepiece.SentencePieceProcessor,
     table: ByteTable,
@@ -112,13 +171,17 @@ def verify_document(
 ) -> int:
     """Return the bytes that one document's pieces (without BOS) decode to, as `verify_decoded`."""
     counted = int(table.count(np.concatenate([[BOS_ID], pieces[:-1]]), pieces).sum())
-    decoded = len(tokenizer.decode(pieces.tolist()).encode())
-    if counted != decoded:
-        raise DataError(
-            f"{where}: decodes to {decoded:,} bytes but counts {counted:,}; bits per byte would be "
-            f"wrong, use a tokenizer with byte fallback and no spaces inside its pieces"
-        )
-    return decoded
+    text = tokenizer.decode(pieces.tolist())
+    if counted != len(text.encode()):
+        raise DataError(_wrong_bytes(where, text, counted))
+    return counted
+
+
+def _wrong_bytes(where: str, text: str, counted: int) -> str:
+    return (
+        f"{where}: decodes to {len(text.encode()):,} bytes but counts {counted:,}; bits per byte "
+        "would be wrong, use a tokenizer with byte fallback and no spaces inside its pieces"
+    )
 
 
 def verify_dataset(dataset: Dataset) -> None:

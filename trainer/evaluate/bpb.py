@@ -6,7 +6,8 @@ predictions they score, and tokens in how many bytes they stand for (techniques 
 
 import math
 
-from trainer.results import Totals
+from trainer.errors import DataError
+from trainer.results import Score, Totals
 
 
 def bits_per_byte(totals: Totals) -> float:
@@ -17,3 +18,16 @@ def bits_per_byte(totals: Totals) -> float:
 def nats_per_token(totals: Totals) -> float:
     """Return Σ nats / tokens."""
     return totals.nats / totals.tokens
+
+
+def score_of(totals: Totals, eval_clock_s: float, where: str) -> Score:
+    """Return a text's score; DataError if what was scored stands for no text."""
+    if totals.bytes == 0:
+        raise DataError(f"{where}: the scored tokens stand for no text; score more of them")
+    return Score(
+        val_bpb=bits_per_byte(totals),
+        val_loss=nats_per_token(totals),
+        tokens=totals.tokens,
+        bytes=totals.bytes,
+        eval_clock_s=eval_clock_s,
+    )

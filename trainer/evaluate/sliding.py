@@ -1,12 +1,17 @@
 """A stream scored with sliding windows, summed into totals."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+
 import numpy as np
 import torch
+from torch import nn
 
 from trainer.data.bytecount import ByteTable
 from trainer.errors import DataError
 from trainer.evaluate.tape import Tape
-from trainer.evaluate.windows import batches, plan_windows
+from trainer.evaluate.windows import Windows, batches, plan_windows
 from trainer.model.gpt import GPT
 from trainer.results import Totals
 from trainer.runtime.distributed import Ranks
@@ -27,13 +32,53 @@ def score_stream(
     return tape.totals(table)
 
 
+def plan_of(tape: Tape, spec: EvaluateSpec) -> Windows:
+    """Lay a spec's windows over a tape."""
+    documents = spec.documents
+    starts = None if documents is None else tape.document_starts(documents.bos)
+    return plan_windows(len(tape), spec, starts)
+
+
 @torch.no_grad()
 def slide(model: GPT, tape: Tape, spec: EvaluateSpec, ranks: Ranks) -> None:
-    """Score a whole tape with sliding windows, each rank its share."""
+    """Score a whole tape with sliding windows, the ranks sharing them; what the tape's journal
+    holds is not scored again."""
+    done = tape.resume(ranks)
+    known = set(zip(done.start.tolist(), done.stop.tolist(), strict=True))
+    with evaluating(model):
+        for batch in share(plan_of(tape, spec).joined(), spec, ranks):
+            if (int(batch.start[0]), int(batch.stop[0])) not in known:
+                tape.score(model, batch, ranks.device, spec.window)
+                tape.save()
+    tape.journal = None  # all is scored: what the others did is not worth writing down
+    tape.gather(ranks)
+
+
+@torch.no_grad()
+def score_windows(
+    model: GPT, tape: Tape, windows: Windows, spec: EvaluateSpec, ranks: Ranks
+) -> None:
+    """Score a stretch of a tape's windows, the ranks sharing them, so that all hold its scores."""
+    if not len(windows):
+        return
+    with evaluating(model):
+        for batch in share(windows, spec, ranks):
+            tape.score(model, batch, ranks.device, spec.window)
+    tape.gather(ranks, int(windows.stop[0] - windows.scored[0]), int(windows.stop[-1]))
+
+
+def share(windows: Windows, spec: EvaluateSpec, ranks: Ranks) -> Iterator[Windows]:
+    """Yield this rank's batches. The batches are the same however many share them, and so, up to
+    the hardware, are the scores."""
+    return islice(batches(windows, spec.batch_windows), ranks.rank, None, ranks.world_size)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and back into its own after that."""
     was_training = model.training
     model.eval()
-    plan = plan_windows(len(tape), spec).part(ranks.rank, ranks.world_size)
-    for batch in batches(plan, spec.batch_windows):
-        tape.score(model, batch, ranks.device, spec.window)
-    tape.gather(ranks)
-    model.train(was_training)
+    try:
+        yield
+    finally:
+        model.train(was_training)

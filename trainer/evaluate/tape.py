@@ -8,6 +8,7 @@ audit judges. Source: issue #1017, C3 and C4 (techniques 1.9).
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,18 +16,25 @@ from torch import Tensor
 
 from trainer.data.bytecount import ByteTable
 from trainer.errors import TrainingError
-from trainer.evaluate.windows import Windows
+from trainer.evaluate.journal import Entry, Journal
+from trainer.evaluate.progress import Progress, Silent
+from trainer.evaluate.windows import Windows, concatenate
 from trainer.results import Totals
 from trainer.runtime.distributed import Ranks
 
-Forward = Callable[[Tensor, Tensor], Tensor]
-"""tokens [B, T], targets [B, S] of the last S positions → loss in nats [B, S]: the one forward."""
+Forward = Callable[[Tensor, Tensor, int], Tensor]
+"""tokens [B, T], targets [B, S] of the last S positions, width → loss in nats [B, S]: the one
+forward. The T tokens begin windows of `width`, and turn as they do in whole ones."""
+
+_NO_WINDOWS = concatenate([])
+_NO_LOSSES = np.zeros(0, np.float32)
+_COUNTED = 1 << 22  # predictions whose bytes are counted at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened: `score`, `lend` or `update`, of how many predictions, and the digest
-    of all scores sealed before it."""
+    """Something that happened: `score`, `lend`, `peek` or `update`, of how many predictions, and
+    the digest of all scores sealed before it."""
 
     kind: str
     predictions: int
@@ -34,20 +42,31 @@ class Event:
 
 
 class Tape:
-    """N predictions over N + 1 tokens. Losses float [N], NaN until sealed.
+    """N predictions over N + 1 tokens. Losses float [N], 0 until sealed.
 
     `again` admits predictions that are scored more than once (variant A): their losses add up.
+    With a journal, `save` keeps what happened for a later attempt to `resume`.
     """
 
-    def __init__(self, tokens: np.ndarray, *, again: bool = False) -> None:
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        *,
+        again: bool = False,
+        progress: Progress | None = None,
+        journal: Journal | None = None,
+    ) -> None:
         self._tokens = tokens
         self.again = again
+        self.progress = progress or Silent()
+        self.journal = journal
         self.losses = np.zeros(len(tokens) - 1, np.float64 if again else np.float32)
         self.times = np.zeros(len(tokens) - 1, np.int32)
-        self.order = np.full(len(tokens) - 1, -1, np.int64)
+        self.order = np.full(len(tokens) - 1, -1, np.int32)
         """Index of the event that sealed a prediction, -1 while it is open."""
         self.events: list[Event] = []
         self._digest = hashlib.sha256()
+        self._unsaved: list[Entry] = []
 
     def __len__(self) -> int:
         return len(self.losses)
@@ -62,23 +81,22 @@ class Tape:
     ) -> tuple[Tensor, Tensor]:
         """Score the ends of a batch of windows and seal them.
 
-        Rows are filled up behind to `width` tokens: the model turns positions by the length it is
-        given (the NTK rule), and no filling is seen from before it. Returns the losses [B, S] with
-        their graph, for a step on what is now sealed, and bool [B, S], which of them are scored.
+        Rows are filled up behind to the longest; no filling is seen from before it. Returns the
+        losses [B, S] with their graph, for a step on what is now sealed, and bool [B, S], which of
+        them are scored.
         """
-        length = windows.stop - windows.start
-        inside = np.arange(width + 1) <= length[:, None]
-        rows = np.where(inside, windows.start[:, None] + np.arange(width + 1), 0)
+        length = windows.length
+        longest, first = int(length.max()), int((length - windows.scored).min())
+        inside = np.arange(longest + 1) <= length[:, None]
+        rows = np.where(inside, windows.start[:, None] + np.arange(longest + 1), 0)
         filled = np.where(inside, self._tokens[rows], 0).astype(np.int64)
-        first = int((length - windows.scored).min())
         batch = torch.from_numpy(filled).to(device)
-        losses = forward(batch[:, :-1], batch[:, first + 1 :])
-        column = np.arange(first, width)
+        losses = forward(batch[:, :-1], batch[:, first + 1 :], width)
+        column = np.arange(first, longest)
         scored = (column >= (length - windows.scored)[:, None]) & (column < length[:, None])
-        positions = (windows.start[:, None] + column)[scored]
-        mask = torch.from_numpy(scored).to(device)
-        self._seal(positions, losses.detach()[mask].double().cpu().numpy())
-        return losses, mask
+        self._seal(windows, losses.detach().float().cpu().numpy()[scored])
+        self.progress.advance(int(windows.scored.sum()))
+        return losses, torch.from_numpy(scored).to(device)
 
     def lend(self, first: int, stop: int) -> np.ndarray:
         """Return the tokens [first, stop] behind predictions first … stop - 1, all of them sealed.
@@ -92,47 +110,119 @@ class Tape:
                 "not scored may not be trained on; score them first"
             )
         self._note("lend", stop - first)
-        return self._tokens[first : stop + 1]
+        # A copy: the slice alone would give the whole text away as its base.
+        return self._tokens[first : stop + 1].copy()
+
+    def illegal_tokens(self) -> np.ndarray:
+        """Return all tokens, scored or not: the oracle's door. The audit fails whoever opens it."""
+        self._note("peek", len(self))
+        return self._tokens
 
     def note_update(self) -> None:
         """Record that a step changed what the next scores are made with."""
         self._note("update", 0)
 
     def gather(self, ranks: Ranks, first: int = 0, stop: int | None = None) -> None:
-        """Share what the ranks sealed in [first, stop), so that all hold all of it."""
+        """Share what the ranks sealed in [first, stop), so that all hold all of it.
+
+        Once for each prediction: what is shared already would be counted again.
+        """
         if ranks.world_size == 1:
             return
         part = slice(first, len(self) if stop is None else stop)
         for array in (self.losses, self.times):
             total = ranks.sum(torch.from_numpy(array[part].copy()).to(ranks.device))
             array[part] = total.cpu().numpy()
-        theirs = (self.times[part] > 0) & (self.order[part] < 0)
-        if theirs.any():
-            self._note("score", int(theirs.sum()))
-            self.order[part][theirs] = len(self.events) - 1
+        theirs = first + np.flatnonzero((self.times[part] > 0) & (self.order[part] < 0))
+        if len(theirs):
+            self._take(theirs, self.losses[theirs])
+        if self.journal is not None and self.journal.rank:
+            self._unsaved.clear()  # the first rank holds it now, and keeps it
+
+    def resume(self, ranks: Ranks) -> Windows:
+        """Take over what the journal holds, and return the windows that it had scored.
+
+        Every rank calls it before the first score. Only the first holds the scores after it, until
+        they are gathered.
+        """
+        if self.journal is None:
+            return _NO_WINDOWS
+        # Together: a part that a fast rank writes after this is not an earlier attempt's.
+        entries = ranks.together(self.journal.read)
+        for entry in entries if ranks.is_first else ():
+            self._replay(entry)
+        self._unsaved.clear()
+        self.progress.resumed(int((self.times > 0).sum()))
+        return concatenate([entry.windows for entry in entries if entry.kind == "score"])
+
+    def save(self, state: Callable[[], Any] | None = None) -> None:
+        """Write what is new to the journal, if there is one and it is time.
+
+        `state` makes what the next scores follow from, where that changes; the first rank's counts.
+        """
+        if self.journal is None or not self._unsaved or not self.journal.is_due:
+            return
+        self.journal.write(self._unsaved, None if self.journal.rank else state)
+        self._unsaved.clear()
 
     def totals(self, table: ByteTable) -> Totals:
         """Sum what is sealed; float64, in the order of the text."""
-        num_bytes = table.count(self._tokens[:-1], self._tokens[1:])
+        num_bytes = 0
+        for first in range(0, len(self), _COUNTED):
+            tokens = self._tokens[first : first + _COUNTED + 1]
+            times = self.times[first : first + _COUNTED]
+            num_bytes += int((table.count(tokens[:-1], tokens[1:]) * times).sum())
         return Totals(
             nats=float(self.losses.sum(dtype=np.float64)),
             tokens=int(self.times.sum()),
-            bytes=int((num_bytes * self.times).sum()),
+            bytes=num_bytes,
         )
 
     def digest(self) -> str:
         """sha256 over every score sealed here, in the order of sealing."""
         return self._digest.hexdigest()
 
-    def _seal(self, positions: np.ndarray, losses: np.ndarray) -> None:
-        if not self.again and (self.times[positions] > 0).any():
-            twice = int(positions[self.times[positions] > 0][0])
-            raise TrainingError(f"prediction {twice}: scored before; a score is final")
-        self._note("score", len(positions))
+    def _seal(self, windows: Windows, losses: np.ndarray) -> None:
+        positions = windows.positions()
+        if not self.again:
+            sealed, num_times = np.unique(positions, return_counts=True)
+            twice = sealed[(num_times > 1) | (self.times[sealed] > 0)]
+            if len(twice):
+                raise TrainingError(f"prediction {twice[0]}: scored before; a score is final")
+        self._note("score", len(positions), windows, losses)
         self._digest.update(positions.astype("<i8").tobytes() + losses.astype("<f8").tobytes())
         np.add.at(self.losses, positions, losses)
         np.add.at(self.times, positions, 1)
         self.order[positions] = len(self.events) - 1
 
-    def _note(self, kind: str, predictions: int) -> None:
-        self.events.append(Event(kind, predictions, self._digest.hexdigest()[:16]))
+    def _take(self, positions: np.ndarray, losses: np.ndarray) -> None:
+        """Note what other ranks sealed; runs of it stand as windows in the journal."""
+        is_first = np.diff(positions, prepend=-2) > 1
+        is_last = np.append(is_first[1:], True)
+        start, stop = positions[is_first], positions[is_last] + 1
+        self._note("gather", len(positions), Windows(start, stop, stop - start), losses)
+        self.order[positions] = len(self.events) - 1
+
+    def _replay(self, entry: Entry) -> None:
+        positions = entry.windows.positions()
+        if entry.kind == "score":
+            self._seal(entry.windows, entry.losses)
+        elif entry.kind == "gather":
+            self.losses[positions] = entry.losses
+            self.times[positions] = 1
+            self._take(positions, entry.losses)
+        else:
+            self._note(entry.kind, entry.predictions)
+
+    def _note(
+        self,
+        kind: str,
+        predictions: int,
+        windows: Windows = _NO_WINDOWS,
+        losses: np.ndarray = _NO_LOSSES,
+    ) -> None:
+        shown = "score" if kind == "gather" else kind
+        self.events.append(Event(shown, predictions, self._digest.hexdigest()[:16]))
+        is_theirs = self.journal is not None and self.journal.rank and not len(windows)
+        if self.journal is not None and not is_theirs:
+            self._unsaved.append(Entry(kind, predictions, windows, losses))

@@ -10,6 +10,30 @@ from trainer.model.linear import Absent, Linear, norm
 from trainer.model.rotary import rotate
 
 
+def tail(x: Tensor, last: int | None) -> Tensor:
+    """The `last` positions of x [B, T, …]; x itself where all of them are meant."""
+    return x if last is None or last == x.shape[1] else x[:, -last:]
+
+
+def attend_tail(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend` for the queries [B, S, H, E] of the last S of T positions.
+
+    Fewer queries than keys need a mask that ends at the lower right, and a kernel that takes one
+    wants as many key heads as query heads.
+    """
+    num_queries, num_keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    if num_queries == num_keys:
+        return attend(q, k, v)
+    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.repeat_interleave(group, dim=2).transpose(1, 2),
+        v.repeat_interleave(group, dim=2).transpose(1, 2),
+        attn_mask=mask.tril(num_keys - num_queries),
+    )
+    return out.transpose(1, 2)
+
+
 class QGain(nn.Module):
     """A learned factor per query head, applied after norm and rotation.
 
@@ -87,13 +111,20 @@ class Attention(nn.Module):
         self.key_value = (self.key, self.value) if owner is None else owner.key_value
         self.out = Linear(d, d, start="branch end" if init and init.scaled_outputs else "zero")
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], values: Tensor) -> Tensor:
-        """Map x [B, T, D] to [B, T, D]; values [B, T, K·E] is the value embedding's share."""
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim))
-            for project in (self.query, *self.key_value)
-        )
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        values: Tensor,
+        last: int | None = None,
+    ) -> Tensor:
+        """Map x [B, T, D] to the `last` S positions [B, S, D], or to all of them.
+
+        values [B, T, K·E] is the value embedding's share.
+        """
+        q = self.query(tail(x, last)).unflatten(-1, (-1, self.head_dim))
+        k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in self.key_value)
         v = self.value_mix(v, values)
-        q = self.q_gain(rotate(norm(q), rope))
-        y = self.xsa(attend(q, rotate(norm(k), rope), v), v)
+        q = self.q_gain(rotate(norm(q), (tail(rope[0], last), tail(rope[1], last))))
+        y = self.xsa(attend_tail(q, rotate(norm(k), rope), v), tail(v, last))
         return self.out(y.flatten(-2))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.blueprint import Blueprint, LayerPlan
-from trainer.model.attention import Attention
+from trainer.model.attention import Attention, tail
 from trainer.model.linear import Absent, norm
 from trainer.model.mlp import build_mlp
 
@@ -124,10 +124,21 @@ class Block(nn.Module):
         self.attention = Attention(plan, layer, None if kv_owner is None else kv_owner.attention)
         self.mlp = build_mlp(plan)
 
-    def forward(self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], values: Tensor) -> Tensor:
-        """Map the stream x [B, T, D] to [B, T, D]."""
+    def forward(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        rope: tuple[Tensor, Tensor],
+        values: Tensor,
+        last: int | None = None,
+    ) -> Tensor:
+        """Map the stream x [B, T, D] to its `last` positions [B, S, D], or to all of them.
+
+        Keys and values always come from all positions.
+        """
         entry = self.x0_mix(x, x0)
-        attended = self.attention(self.norm_scale(norm(entry)), rope, values)
+        attended = self.attention(self.norm_scale(norm(entry)), rope, values, last)
+        entry = tail(entry, last)
         x = entry + self.attention_scale(attended)
         x = x + self.mlp_scale(self.mlp(self.norm_scale(norm(x))))
         return self.dtg(x, entry)

@@ -74,9 +74,13 @@ class GPT(nn.Module):
             elif module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()  # type: ignore[operator]
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Map tokens [B, T] to the normed output stream [B, T, D]."""
-        rope = self.rotary(tokens.shape[1], tokens.device)
+    def hidden(self, tokens: Tensor, width: int | None = None, last: int | None = None) -> Tensor:
+        """Map tokens [B, T] to the normed output stream [B, T, D], or to its `last` positions.
+
+        Nothing but the keys and values of the last step reaches those from before them, so only
+        these are computed there. Tokens that begin a window of `width` turn as they do in it.
+        """
+        rope = self.rotary(tokens.shape[1], tokens.device, width)
         values = self.value_embedding(tokens)
         x = self.embedding(tokens)
         for part in self.before_norm:
@@ -86,10 +90,11 @@ class GPT(nn.Module):
             x = part(x, tokens)
         x0 = x
         kept: list[Tensor] = []
-        for step in self.steps:
+        for number, step in enumerate(self.steps, start=1):
             if step.pop is not None:
                 x = self.skips(x, kept.pop(), step.pop)
-            x = self.blocks[step.layer](x, x0, rope, values)
+            needed = last if number == len(self.steps) else None
+            x = self.blocks[step.layer](x, x0, rope, values, needed)
             if step.push:
                 kept.append(x)
         return norm(x)
@@ -98,12 +103,12 @@ class GPT(nn.Module):
         """Map hidden states [B, T, D] to logits [B, T, V]."""
         return self.softcap(self.head(hidden, self.embedding.weight))
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor, width: int | None = None) -> Tensor:
         """Return the loss in nats of each target [B, S], float32.
 
-        Targets belong to the last S of the T positions: what is not scored needs no logits.
+        Targets belong to the last S of the T positions: only what reaches these is computed.
         """
-        hidden = self.hidden(tokens)[:, -targets.shape[1] :]
+        hidden = self.hidden(tokens, width, last=targets.shape[1])
         losses = token_loss(self.logits(hidden), targets)
         return self.mtp(losses, hidden, targets, self.softcap)
 

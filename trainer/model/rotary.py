@@ -26,9 +26,14 @@ class Rotary(nn.Module):
         self.base = base
         self.ntk_reference = ntk_reference
 
-    def forward(self, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return (cos, sin), each [1, T, 1, dims/2]. Recomputed: cheaper than a cache to keep."""
-        base = ntk_base(self.base, num_tokens, self.ntk_reference, self.dims)
+    def forward(
+        self, num_tokens: int, device: torch.device, width: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (cos, sin), each [1, T, 1, dims/2]. Recomputed: cheaper than a cache to keep.
+
+        The T tokens may begin a window of `width`: the base is that of the whole window.
+        """
+        base = ntk_base(self.base, width or num_tokens, self.ntk_reference, self.dims)
         exponents = torch.arange(0, self.dims, 2, dtype=torch.float32, device=device) / self.dims
         times = torch.arange(num_tokens, dtype=torch.float32, device=device)
         angles = torch.outer(times, base**-exponents)
