@@ -49,12 +49,13 @@ class TrainResult:
 
 @spec
 class Rule:
-    """One audit rule's verdict."""
+    """One audit rule's verdict. `contested`: it passes, but by one reading of the rules only."""
 
     id: str
     verdict: str  # pass | fail | not checked
     detail: str
     source: str
+    contested: bool = False
 
 
 @spec
@@ -63,6 +64,31 @@ class ParityResult:
 
     fresh_bpb: float
     rule: Rule
+
+
+@spec
+class HessiansResult:
+    """The Hessians of a bank entry, and the seconds of the training clock that they would cost:
+    what reads training data counts there."""
+
+    names: tuple[str, ...]
+    tokens: int
+    clock_s: float
+
+
+@spec
+class ArtifactResult:
+    """A written artifact, measured on disk."""
+
+    entry: str
+    num_params: int
+    artifact_bytes: int
+    weights_bytes: int
+    code_bytes: int
+    forecast_bytes: int
+    weights_sha256: str
+    finalize_clock_s: float
+    calibration_clock_s: float | None = None
 
 
 @spec
@@ -76,6 +102,7 @@ class FinalResult:
     code_bytes: int
     forecast_bytes: int
     weights_sha256: str
+    finalize_clock_s: float
     score: Score
     audit: tuple[Rule, ...]
-    finalize_clock_s: float
+    calibration_clock_s: float | None = None

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from service.cli import app
 from tests.tiny import recipe, rich_model
 from trainer.blueprint import blueprint
-from trainer.codec import dump, merge, parse, read_mapping
-from trainer.errors import InfeasibleError, UsageError
+from trainer.codec import merge, parse, read_mapping
+from trainer.errors import InfeasibleError
 from trainer.finalize import artifact as weights_file
 from trainer.finalize.code import code_files
 from trainer.finalize.stored import restore
@@ -32,10 +32,9 @@ from trainer.optim.averages import AverageBank
 from trainer.optim.muon import Muon
 from trainer.protocol import ARTIFACT_BYTES_CAP
 from trainer.results import Rule
-from trainer.runtime.files import write_json
 from trainer.specs.model import ModelSpec
 from trainer.specs.recipe import Recipe
-from trainer.specs.task import FinalTask, TrainTask, train_task
+from trainer.specs.task import TrainTask, train_task
 from tune_spaces.catalogue import find, load_recipe, names
 
 TINY = [name for name in names("recipes") if name.endswith("tiny")]
@@ -349,49 +348,7 @@ def test_the_verb_prints_every_rule_as_json() -> None:
     assert result.exit_code == 0, result.output
     rules = json.loads(result.stdout)
     assert {"one-group", "flags", "causality", "round-trip"} <= {rule["id"] for rule in rules}
-    assert set(rules[0]) == {"id", "verdict", "detail", "source"}
-
-
-def write_final(home: Path, final_id: str, verdict: str) -> Path:
-    """Leave what the audit reads of a finished final."""
-    asked = recipe()
-    folder = home / "store" / "finals" / final_id
-    task = FinalTask(entry="raw", final=asked.final, evaluate=asked.evaluate)
-    rule = Rule(id="coverage", verdict=verdict, detail="3 not scored", source="techniques 1.5")
-    write_json(folder / "task.json", dump(task))
-    write_json(folder / "audit.json", dump((rule,)))
-    write_json(folder / "result.json", {})
-    (folder / "artifact").mkdir()
-    return folder
-
-
-def test_a_finished_final_shows_its_rules_by_id_and_by_either_folder(tmp_path: Path) -> None:
-    folder = write_final(tmp_path, "abc123", "pass")
-
-    for subject in ("abc", str(folder), str(folder / "artifact")):
-        result = CliRunner().invoke(app, ["audit", subject, "--home", str(tmp_path)])
-
-        assert result.exit_code == 0, result.output
-        assert result.stdout.split() == ["pass", "coverage", "3", "not", "scored"]
-
-
-def test_a_failed_rule_of_a_final_is_an_error_that_names_it(tmp_path: Path) -> None:
-    write_final(tmp_path, "abc123", "fail")
-
-    result = CliRunner().invoke(app, ["audit", "abc", "--home", str(tmp_path), "-o", "json"])
-
-    assert isinstance(result.exception, InfeasibleError)
-    assert str(result.exception) == "abc: audit coverage: 3 not scored"
-    assert json.loads(result.stdout)[0]["verdict"] == "fail"
-
-
-@pytest.mark.parametrize("arguments", [["nothing"], ["abc", "-S", "train.seed=1"]])
-def test_what_cannot_be_audited_is_a_usage_error(tmp_path: Path, arguments: list[str]) -> None:
-    write_final(tmp_path, "abc123", "pass")
-
-    result = CliRunner().invoke(app, ["audit", *arguments, "--home", str(tmp_path)])
-
-    assert isinstance(result.exception, UsageError)
+    assert set(rules[0]) == {"id", "verdict", "detail", "source", "contested"}
 
 
 def test_the_checks_do_not_ship_with_an_artifact() -> None:
