@@ -38,6 +38,7 @@ from trainer.run import (
     finalize,
     is_trained,
     load_training,
+    make_artifact,
     score_artifact,
     train,
 )
@@ -46,7 +47,7 @@ from trainer.runtime.files import sha256_file
 from trainer.runtime.logs import configure
 from trainer.specs.evaluate import EvaluateSpec
 from trainer.specs.recipe import Recipe
-from trainer.specs.task import final_task, train_task
+from trainer.specs.task import artifact_task, final_task, train_task
 from tune_spaces.catalogue import load_recipe
 
 PUBLIC = {"raw": 1.4371, "ema": 1.4830, "int6 blocks": 1.48665914, "int6 sliding": 1.46285822}
@@ -136,11 +137,11 @@ def main() -> None:
             train(task, dataset, folder, ranks)
         _, trained = load_training(folder)
         parity = check_parity(folder, dataset, arguments.out / "parity", ranks)
-        final = finalize(
-            final_task(recipe), folder, dataset, arguments.out / "final", parity.rule, ranks
-        )
+        asked, made = final_task(recipe), arguments.out / "made"
+        make_artifact(artifact_task(asked), folder, dataset, made, None, ranks)
+        final = finalize(asked, folder, made, dataset, arguments.out / "final", parity.rule, ranks)
         sliding = EvaluateSpec(window=2048, stride=64, variant="A", batch_windows=32)
-        slid, _ = score_artifact(
+        slid = score_artifact(
             arguments.out / "final" / "artifact", dataset, sliding, ranks, dtype="bfloat16"
         )
     journal = (folder / "metrics.jsonl").read_text().splitlines()

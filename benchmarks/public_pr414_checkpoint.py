@@ -18,9 +18,9 @@ from trainer.codec import parse
 from trainer.data.shards import open_shard
 from trainer.finalize.pipeline import finalize
 from trainer.importer.folder import import_file, load_bank
-from trainer.run import Text, load_artifact, score_state
 from trainer.runtime.distributed import from_torchrun
 from trainer.runtime.files import sha256_file
+from trainer.scoring import Text, load_artifact, score_state
 from trainer.specs.evaluate import EvaluateSpec
 from trainer.specs.recipe import Recipe
 from tune_spaces.catalogue import load_recipe

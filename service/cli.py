@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from service import cli_audit, cli_data, cli_models, report
+from service import cli_audit, cli_data, cli_final, cli_models, report
 from service.catalogue_view import data_of, find_sweep, plan_document, recipe_rows
 from service.knobs import dead_knobs
 from service.labels import short_value
@@ -39,7 +39,8 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(cli_data.app, name="data")
-app.command()(cli_audit.audit)
+app.add_typer(cli_audit.app)
+app.add_typer(cli_final.app)
 app.add_typer(cli_models.app)  # without a name: its verbs are verbs of `fairway`
 
 Home = Annotated[

@@ -16,7 +16,16 @@ from trainer.optim.schedule import check_late_parts
 from trainer.protocol import SPEC_VERSION
 from trainer.sizes import flops_per_token, forecast_weights_bytes, num_params
 from trainer.specs.recipe import Recipe
-from trainer.specs.task import FinalTask, TrainTask, final_task, train_task
+from trainer.specs.task import (
+    ArtifactTask,
+    FinalTask,
+    HessiansTask,
+    TrainTask,
+    artifact_task,
+    final_task,
+    hessians_task,
+    train_task,
+)
 from tune_spaces.space import Point, grid, of_phase, sample
 
 ID_LENGTH = 20
@@ -35,10 +44,13 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class Final:
-    """A final to run on a training's bank."""
+    """A final to run on a training's bank. Finals that differ in their evaluation share an
+    artifact; artifacts that differ in their rounding share Hessians, if they have any."""
 
     id: str
     training: str
+    artifact: str
+    hessians: str | None
     point: Point
     seed: int
     task: FinalTask
@@ -147,8 +159,18 @@ def plan_final(sweep: Sweep, inputs: Inputs, training: Training, point: Point, w
     full = {**training.point, **point}
     recipe = sweep.recipe_at(full, training.seed, f"{where}: point {_words(full)}")
     task = final_task(recipe)
-    key = final_id(task, training.id, inputs, _device(sweep.spec.resources))
-    return Final(key, training.id, full, training.seed, task)
+    made = artifact_task(task)
+    hessians = hessians_task(made)
+    device = _device(sweep.spec.resources)
+    return Final(
+        id=final_id(task, training.id, inputs, device),
+        training=training.id,
+        artifact=artifact_id(made, training.id, inputs, device),
+        hessians=hessians and hessians_id(hessians, training.id, inputs, device),
+        point=full,
+        seed=training.seed,
+        task=task,
+    )
 
 
 def sweep_id(sweep: Sweep, inputs: Inputs) -> str:
@@ -182,6 +204,16 @@ def _device(resources: Resources) -> dict[str, Any]:
 def final_id(task: FinalTask, training: str, inputs: Inputs, device: dict[str, Any]) -> str:
     """Identity of a final. The code is part of the artifact, so its digest counts."""
     return _id("final", task=dump(task), training=training, code=inputs.code_digest, **device)
+
+
+def artifact_id(task: ArtifactTask, training: str, inputs: Inputs, device: dict[str, Any]) -> str:
+    """Identity of an artifact, its code included."""
+    return _id("artifact", task=dump(task), training=training, code=inputs.code_digest, **device)
+
+
+def hessians_id(task: HessiansTask, training: str, inputs: Inputs, device: dict[str, Any]) -> str:
+    """Identity of a bank entry's Hessians. The forward that they come from is code, too."""
+    return _id("hessians", task=dump(task), training=training, code=inputs.code_digest, **device)
 
 
 def parity_id(training: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -16,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from service.groups import (
     CAP,
+    COLOURS,
     INK,
     MB,
     QUIET,
@@ -31,6 +33,7 @@ from service.ledger import SweepView
 from service.report import Row, best, csv_table
 from service.report_page import draw_page
 from service.states import State
+from service.waterfall import SizeStep
 from trainer.runtime.files import write_bytes, write_text
 
 
@@ -41,28 +44,69 @@ class ReportFiles:
     png: Path
     html: Path
     csv: Path
+    sizes: Path | None = None
 
     def files(self) -> tuple[Path, ...]:
-        return (self.png, self.html, self.csv)
+        drawn = (self.png, self.html, self.csv)
+        return drawn if self.sizes is None else (*drawn, self.sizes)
 
 
-def write_report(view: SweepView, folder: Path) -> ReportFiles:
-    """Draw `bpb_by_bytes.png`, `report.html` and `finals.csv` into a folder."""
+def write_report(view: SweepView, folder: Path, sizes: Sequence[SizeStep] = ()) -> ReportFiles:
+    """Draw `bpb_by_bytes.png`, `report.html` and `finals.csv` into a folder, and
+    `size_by_tensor.png` where it is known what the best final's bytes are spent on."""
     files = ReportFiles(
-        png=folder / "bpb_by_bytes.png", html=folder / "report.html", csv=folder / "finals.csv"
+        png=folder / "bpb_by_bytes.png",
+        html=folder / "report.html",
+        csv=folder / "finals.csv",
+        sizes=folder / "size_by_tensor.png" if sizes else None,
     )
     write_bytes(files.png, draw_png(view))
-    write_text(files.html, draw_page(view))
+    write_text(files.html, draw_page(view, sizes))
     write_text(files.csv, csv_table(view))
+    if files.sizes is not None:
+        write_bytes(files.sizes, draw_sizes(sizes, view.started.get("cap_bytes")))
     return files
 
 
 def draw_png(view: SweepView) -> bytes:
     """Draw bpb over artifact size as a PNG."""
+    figure, axes = _canvas()
+    _draw_plane(axes, view)
+    return _as_png(figure)
+
+
+def draw_sizes(sizes: Sequence[SizeStep], cap_bytes: int | None) -> bytes:
+    """Draw what the bytes of an artifact are spent on as a PNG: a waterfall up to the whole."""
+    figure, axes = _canvas()
+    amounts = np.array([step.bytes for step in sizes]) / MB
+    total = float(amounts.sum())
+    places = np.arange(len(amounts) + 1)
+    axes.bar(places[:-1], amounts, bottom=np.cumsum(amounts) - amounts, color=COLOURS[0])
+    axes.bar(places[-1:], [total], color=INK)
+    labels = [*(step.label for step in sizes), "artifact"]
+    axes.set_xticks(places, labels, rotation=90, fontsize=7)
+    axes.set_ylabel("MB (10⁶ bytes)")
+    title = f"size by tensor: {sum(step.bytes for step in sizes):,} bytes"
+    axes.set_title(title, loc="left", fontsize=12, color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    if cap_bytes is not None:
+        axes.axhline(cap_bytes / MB, color=CAP, linewidth=1.2)
+        axes.annotate(
+            f"cap {cap_bytes:,} bytes", (0.01, cap_bytes / MB),
+            xycoords=("axes fraction", "data"), va="bottom", fontsize=8.5, color=CAP,
+        )  # fmt: skip
+    return _as_png(figure)
+
+
+def _canvas() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(9, 5.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    _draw_plane(axes, view)
+    return figure, figure.subplots()
+
+
+def _as_png(figure: Figure) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from service.groups import (
     CAP,
+    COLOURS,
     INK,
     MB,
     QUIET,
@@ -33,28 +34,35 @@ from service.report import (
     table_columns,
 )
 from service.states import State
+from service.waterfall import SizeStep
 
 
-def draw_page(view: SweepView) -> str:
-    """Draw the report as one HTML file: plot, parallel coordinates, every final, the facts."""
+def draw_page(view: SweepView, sizes: Sequence[SizeStep] = ()) -> str:
+    """Draw the report as one HTML file: plot, parallel coordinates, every final, the facts.
+
+    `sizes`: what the bytes of the best final's artifact are spent on, where that is known.
+    """
     title = html.escape(str(view.started.get("name", "sweep")))
     rows = scored_rows(view)
     sections = [_headline(view)]
     if rows:
-        sections.append(_plot(_plane_figure(view, rows), with_library=True))
+        sections.append(_plot(_plane_figure(view, rows), "plane", with_library=True))
         sections.append("<h2>Knobs and result</h2>")
-        sections.append(_plot(_parallel_figure(view, rows), with_library=False))
+        sections.append(_plot(_parallel_figure(view, rows), "parallel"))
         sections += [_influence_list(view), _dead_list(view)]
+    if rows and sizes:
+        sections.append("<h2>Bytes of the best final</h2>")
+        sections.append(_plot(_sizes_figure(sizes, view.started.get("cap_bytes")), "sizes"))
     sections += ["<h2>Finals</h2>", _finals_table(view), "<h2>Facts</h2>", _facts_table(view)]
     return _PAGE.format(title=title, style=_STYLE, body="\n".join(sections), script=_SORT)
 
 
-def _plot(figure: go.Figure, *, with_library: bool) -> str:
+def _plot(figure: go.Figure, name: str, *, with_library: bool = False) -> str:
     return figure.to_html(
         full_html=False,
         include_plotlyjs=with_library,
         config={"displaylogo": False, "responsive": True},
-        div_id="plane" if with_library else "parallel",
+        div_id=name,
     )
 
 
@@ -159,6 +167,30 @@ def _dimension(name: str, values: Sequence[Any]) -> dict[str, Any]:
     places = [levels.index(short_value(value)) for value in values]
     texts = [html.escape(level) for level in levels]
     return {"label": label, "values": places, "tickvals": [*range(len(levels))], "ticktext": texts}
+
+
+def _sizes_figure(sizes: Sequence[SizeStep], cap: int | None) -> go.Figure:
+    """A waterfall from the first tensor to the whole artifact, with the cap above it."""
+    total = sum(step.bytes for step in sizes)
+    amounts = [step.bytes for step in sizes]
+    figure = go.Figure(
+        go.Waterfall(
+            x=[*(html.escape(step.label) for step in sizes), "artifact"],
+            y=[*(amount / MB for amount in amounts), 0],
+            measure=[*("relative" for _ in sizes), "total"],
+            customdata=[[f"{amount:,}", f"{amount / total:.2%}"] for amount in (*amounts, total)],
+            hovertemplate="%{x}: %{customdata[0]} bytes, %{customdata[1]}<extra></extra>",
+            connector={"line": {"color": QUIET, "width": 1}},
+            increasing={"marker": {"color": COLOURS[0]}},
+            totals={"marker": {"color": INK}},
+        )
+    )
+    if cap is not None:
+        figure.add_hline(y=cap / MB, line_color=CAP, annotation_text=f"cap {cap:,} bytes")
+    figure.update_layout(
+        template="plotly_white", height=460, margin={"t": 30}, yaxis_title="MB (10⁶ bytes)"
+    )
+    return figure
 
 
 def _influence_list(view: SweepView) -> str:

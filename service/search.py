@@ -191,6 +191,8 @@ class SweepRun:
         return {
             "final": final.id,
             "training": final.training,
+            "artifact": final.artifact,
+            "hessians": final.hessians,
             "store": str(self.store.root.resolve()),
             "data": str(self.setting.dataset.folder.resolve()),
             "task": dump(final.task),

@@ -12,7 +12,7 @@ from typing import Any
 
 from trainer.runtime.files import locked, read_json
 
-KINDS = ("trainings", "parities", "finals")
+KINDS = ("trainings", "parities", "hessians", "artifacts", "finals")
 
 
 class Store:

@@ -16,13 +16,21 @@ from trainer.errors import FairwayError, InfeasibleError, UsageError
 from trainer.optim.schedule import check_late_parts
 from trainer.protocol import ARTIFACT_BYTES_CAP
 from trainer.results import FinalResult, Score
-from trainer.run import check_parity, finalize, is_trained, score_artifact, train
+from trainer.run import (
+    check_parity,
+    collect,
+    finalize,
+    is_trained,
+    make_artifact,
+    score_artifact,
+    train,
+)
 from trainer.runtime.distributed import Ranks, from_torchrun
 from trainer.runtime.files import write_text
 from trainer.runtime.logs import configure
 from trainer.specs.evaluate import EvaluateSpec
 from trainer.specs.recipe import Recipe
-from trainer.specs.task import final_task, train_task
+from trainer.specs.task import artifact_task, final_task, hessians_task, train_task
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -67,7 +75,12 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> FinalResult | None:
     alone = Ranks(device=ranks.device)
     parity = check_parity(training, dataset, out / "parity", alone)
     final = final_task(recipe)
-    return finalize(final, training, dataset, out / "final", parity.rule, alone)
+    made, hessians = artifact_task(final), None
+    if (needed := hessians_task(made)) is not None:
+        hessians = out / "hessians"
+        collect(needed, training, dataset, hessians, alone)
+    make_artifact(made, training, dataset, out / "made", hessians, alone)
+    return finalize(final, training, out / "made", dataset, out / "final", parity.rule, alone)
 
 
 def score(arguments: argparse.Namespace, ranks: Ranks) -> Score | None:
@@ -80,7 +93,7 @@ def score(arguments: argparse.Namespace, ranks: Ranks) -> Score | None:
     spec = parse(EvaluateSpec, with_values({}, values), "-S")
     alone = Ranks(device=ranks.device)
     dataset = load_dataset(arguments.data)
-    return score_artifact(arguments.recipe, dataset, spec, alone, dtype="float32")[0]
+    return score_artifact(arguments.recipe, dataset, spec, alone, dtype="float32")
 
 
 def require_submittable(result: FinalResult) -> None:

@@ -1,4 +1,4 @@
-"""The three public functions: train, check_parity, finalize. Wiring only.
+"""The public functions: train, check_parity, collect, make_artifact, finalize. Wiring only.
 
 Each reads a frozen task and an input folder and leaves an output folder whose result.json,
 written last, means done.
@@ -6,37 +6,41 @@ written last, means done.
 
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
+import torch
 
 from trainer.codec import dump, fingerprint, parse
-from trainer.data.bytecount import ByteTable
 from trainer.data.shards import Dataset
 from trainer.errors import DataError, UsageError
 from trainer.evaluate import audit
-from trainer.evaluate.bpb import bits_per_byte, nats_per_token
-from trainer.evaluate.sliding import score_stream
-from trainer.evaluate.windows import plan_windows
-from trainer.finalize.artifact import read_weights
-from trainer.finalize.pipeline import FinalReport
+from trainer.evaluate.journal import Journal, identity
+from trainer.finalize.calibration import calibration_batches
+from trainer.finalize.code import code_digest
+from trainer.finalize.hessians import collect_hessians, load_hessians, save_hessians
+from trainer.finalize.pipeline import WEIGHTS_FILE, artifact_bytes
 from trainer.finalize.pipeline import finalize as write_artifact
 from trainer.model.build import build, load_state
-from trainer.model.gpt import GPT
-from trainer.protocol import SPEC_VERSION, UNKNOWN_TOKENIZER
-from trainer.results import FinalResult, ParityResult, Rule, Score, Totals, TrainResult
+from trainer.protocol import CLOCK_GPUS, SPEC_VERSION
+from trainer.results import (
+    ArtifactResult,
+    FinalResult,
+    HessiansResult,
+    ParityResult,
+    Rule,
+    Score,
+    TrainResult,
+)
 from trainer.runtime.distributed import Ranks
-from trainer.runtime.files import read_json, sha256_file, write_json
+from trainer.runtime.files import link_files, read_json, sha256_file, write_json
 from trainer.runtime.tensors import load_tensors
+from trainer.scoring import load_artifact, score_state, score_text, val_text
 from trainer.sizes import forecast_weights_bytes, num_params
 from trainer.specs.evaluate import EvaluateSpec
-from trainer.specs.model import ModelSpec
 from trainer.specs.recipe import Observe
-from trainer.specs.task import FinalTask, TrainTask
+from trainer.specs.task import ArtifactTask, FinalTask, HessiansTask, TrainTask
 from trainer.train import loop
 
 
@@ -113,10 +117,7 @@ def check_parity(training: Path, dataset: Dataset, folder: Path, ranks: Ranks) -
     model = build(task.model, dtype=task.train.dtype)
     load_state(model, load_tensors(training / "bank", trained.parity_entry))
     spec = EvaluateSpec(window=task.parity_window, stride=task.parity_window)
-    text = val_text(dataset)
-    table = ByteTable.load(text.tokenizer, task.model.vocab_size)
-    totals = _score(model, text, spec, ranks, table)
-    fresh = bits_per_byte(totals)
+    fresh = score_text(model.to(ranks.device), val_text(dataset), spec, ranks).score.val_bpb
     rule = audit.parity(trained.parity_bpb, fresh, trained.parity_tolerance)
     result = ParityResult(fresh_bpb=fresh, rule=rule)
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,142 +125,56 @@ def check_parity(training: Path, dataset: Dataset, folder: Path, ranks: Ranks) -
     return result
 
 
-def finalize(
-    task: FinalTask, training: Path, dataset: Dataset, folder: Path, parity: Rule, ranks: Ranks
-) -> FinalResult:
-    """Turn one bank entry into an artifact under `folder` and score the bytes on disk.
-
-    Leaves artifact/, score.json, audit.json and, last, result.json.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "task.json", dump(task))
+def collect(
+    task: HessiansTask, training: Path, dataset: Dataset, folder: Path, ranks: Ranks
+) -> HessiansResult:
+    """Run a bank entry over its calibration text and leave its Hessians in `folder`."""
     trained_as, _ = load_training(training)
     started = time.monotonic()
+    model = build(trained_as.model.exported(), dtype=trained_as.train.dtype)
+    names = {name for name, _ in model.named_parameters()}
     state = load_tensors(training / "bank", task.entry)
-    report = write_artifact(
-        state,
-        trained_as.model,
-        task.final,
-        folder / "artifact",
-        sha256_file(dataset.tokenizer_path),
+    load_state(model, {name: tensor for name, tensor in state.items() if name in names})
+    model.to(ranks.device).eval()
+    batches = calibration_batches(model, task.gptq, dataset, ranks)
+    hessians = collect_hessians(model, batches, ranks)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_hessians(folder, hessians)
+    result = HessiansResult(
+        names=tuple(hessians),
+        tokens=task.gptq.sequences * task.gptq.seq_len,
+        clock_s=time.monotonic() - started,
     )
-    finalize_clock_s = time.monotonic() - started
-    score, totals = score_artifact(
-        folder / "artifact", dataset, task.evaluate, ranks, dtype=trained_as.train.dtype
-    )
-    num_predictions = len(dataset.stream("val")) - 1
-    rules = (
-        audit.coverage(plan_windows(num_predictions, task.evaluate), num_predictions),
-        audit.byte_accounting(totals, dataset.num_bytes("val"), num_predictions),
-        parity,
-    )
-    result = _final_result(task, trained_as, report, score, rules, finalize_clock_s)
-    write_json(folder / "tensors.json", [dump(tensor) for tensor in report.tensors])
-    write_json(folder / "score.json", dump(score))
-    write_json(folder / "audit.json", dump(rules))
     write_json(folder / "result.json", dump(result))
     return result
 
 
-def score_artifact(
-    artifact: Path, dataset: Dataset, spec: EvaluateSpec, ranks: Ranks, *, dtype: str
-) -> tuple[Score, Totals]:
-    """Load an artifact's weights from disk into a fresh model and score the validation split."""
-    text = val_text(dataset)
-    model, state = load_artifact(artifact, text.tokenizer)
-    return score_state(model, state, text, spec, ranks, dtype=dtype)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Text:
-    """What is scored: ids [N + 1] of N predictions, the model file of their tokenizer, and where
-    they come from."""
-
-    tokens: np.ndarray
-    tokenizer: Path
-    where: str
-
-
-def val_text(dataset: Dataset) -> Text:
-    """The whole validation split."""
-    stream = dataset.stream("val")
-    return Text(stream.read(0, len(stream)), dataset.tokenizer_path, str(dataset.folder))
-
-
-def load_artifact(folder: Path, tokenizer: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
-    """Read an artifact's model and float32 state; DataError if it was made for another tokenizer.
-
-    An imported artifact names none.
-    """
-    path = folder / "weights.fw"
-    model, state, facts = read_weights(path)
-    check_tokenizer(facts.tokenizer_sha256, tokenizer, path)
-    return model, state
-
-
-def check_tokenizer(sha256: str, tokenizer: Path, path: Path) -> None:
-    """Raise DataError if the weights at `path` name another tokenizer than this; some name none."""
-    given = sha256_file(tokenizer)
-    if sha256 not in (given, UNKNOWN_TOKENIZER):
-        raise DataError(
-            f"{path}: made with another tokenizer ({sha256[:12]}) than {tokenizer} ({given[:12]}); "
-            "score a text of its own"
-        )
-
-
-def score_state(
-    spec: ModelSpec,
-    state: Mapping[str, Tensor],
-    text: Text,
-    evaluate: EvaluateSpec,
+def make_artifact(
+    task: ArtifactTask,
+    training: Path,
+    dataset: Dataset,
+    folder: Path,
+    hessians: Path | None,
     ranks: Ranks,
-    *,
-    dtype: str,
-) -> tuple[Score, Totals]:
-    """Score a text with a fresh model of this state; DataError for ids that it has no row for, and
-    for a tokenizer that would give such ids: its table counts another text's bytes."""
-    largest = int(text.tokens.max(initial=0))
-    if largest >= spec.vocab_size:
-        raise DataError(
-            f"{text.where}: token id {largest}, but the model's vocab_size is {spec.vocab_size}; "
-            "score tokens of its own tokenizer"
-        )
-    table = ByteTable.load(text.tokenizer, spec.vocab_size)
-    if len(table.lut) > spec.vocab_size:
-        raise DataError(
-            f"{text.tokenizer}: {len(table.lut)} tokens, but the model's vocab_size is "
-            f"{spec.vocab_size}; give the tokenizer that the model was trained with"
-        )
-    model = build(spec, dtype=dtype)
-    load_state(model, dict(state))
+) -> ArtifactResult:
+    """Turn one bank entry into an artifact under `folder`, with the Hessians that it asks for.
+
+    Leaves artifact/, tensors.json and, last, result.json.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / "artifact", ignore_errors=True)  # what is left there would be counted
+    trained_as, _ = load_training(training)
+    calibration = None if hessians is None else read_json(hessians / "result.json")["clock_s"]
     started = time.monotonic()
-    totals = _score(model, text, evaluate, ranks, table)
-    if totals.bytes == 0:
-        raise DataError(f"{text.where}: the scored tokens stand for no text; score more of them")
-    score = Score(
-        val_bpb=bits_per_byte(totals),
-        val_loss=nats_per_token(totals),
-        tokens=totals.tokens,
-        bytes=totals.bytes,
-        eval_clock_s=time.monotonic() - started,
+    report = write_artifact(
+        load_tensors(training / "bank", task.entry),
+        trained_as.model,
+        task.final,
+        folder / "artifact",
+        sha256_file(dataset.tokenizer_path),
+        None if hessians is None else load_hessians(hessians, ranks.device),
     )
-    return score, totals
-
-
-def _score(model: GPT, text: Text, spec: EvaluateSpec, ranks: Ranks, table: ByteTable) -> Totals:
-    model.to(ranks.device)
-    return score_stream(model, text.tokens, table, spec, ranks)
-
-
-def _final_result(
-    task: FinalTask,
-    trained_as: TrainTask,
-    report: FinalReport,
-    score: Score,
-    rules: tuple[Rule, ...],
-    finalize_clock_s: float,
-) -> FinalResult:
-    return FinalResult(
+    result = ArtifactResult(
         entry=task.entry,
         num_params=num_params(trained_as.model.exported()),
         artifact_bytes=report.artifact_bytes,
@@ -267,7 +182,83 @@ def _final_result(
         code_bytes=report.code_bytes,
         forecast_bytes=forecast_weights_bytes(trained_as.model, task.final) + report.code_bytes,
         weights_sha256=report.weights_sha256,
-        score=score,
-        audit=rules,
-        finalize_clock_s=finalize_clock_s,
+        finalize_clock_s=time.monotonic() - started,
+        calibration_clock_s=calibration,
     )
+    write_json(folder / "tensors.json", [dump(tensor) for tensor in report.tensors])
+    write_json(folder / "result.json", dump(result))
+    return result
+
+
+def finalize(
+    task: FinalTask,
+    training: Path,
+    made: Path,
+    dataset: Dataset,
+    folder: Path,
+    parity: Rule,
+    ranks: Ranks,
+) -> FinalResult:
+    """Score the artifact that lies in `made`, the bytes on disk, and audit how it was done.
+
+    Leaves artifact/ (the same files), tensors.json, score.json, audit.json and, last, result.json.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "task.json", dump(task))
+    trained_as, trained = load_training(training)
+    link_files(made, folder, ("artifact", "tensors.json"))
+    text = val_text(dataset)
+    model, state = load_artifact(folder / "artifact", text.tokenizer)
+    written = parse(ArtifactResult, read_json(made / "result.json"), str(made / "result.json"))
+    sha256 = sha256_file(folder / "artifact" / WEIGHTS_FILE)
+    if (artifact_bytes(folder / "artifact"), sha256) != (
+        written.artifact_bytes,
+        written.weights_sha256,
+    ):
+        raise DataError(f"{made}: altered since it was written; remove the folder and run again")
+    dtype = trained_as.train.dtype
+    what = [SPEC_VERSION, code_digest(), dump(task), sha256, dtype]
+    key = identity(what, dataset.digest, ranks.device.type, ranks.world_size)
+    journal = Journal(folder / "journal" / key[:20], key, ranks.rank)
+    scored = score_state(model, state, text, task.evaluate, ranks, dtype=dtype, journal=journal)
+    rules = audit.rules(
+        audit.Facts(
+            task=task,
+            tape=scored.tape,
+            totals=scored.totals,
+            expected_bytes=dataset.num_bytes("val"),
+            overlap=dataset.manifest.overlap,
+            train_clock_s=trained.train_clock_s + (written.calibration_clock_s or 0.0),
+            eval_clock_s=scored.score.eval_clock_s,
+            # A score that was resumed took longer than its last attempt.
+            on_challenge_hardware=not scored.was_resumed
+            and _on_challenge_hardware(trained.world_size, ranks),
+            parity=parity,
+        )
+    )
+    shutil.rmtree(folder / "journal", ignore_errors=True)
+    result = FinalResult(
+        **{each.name: getattr(written, each.name) for each in fields(written)},
+        score=scored.score,
+        audit=rules,
+    )
+    write_json(folder / "score.json", dump(scored.score))
+    write_json(folder / "audit.json", dump(rules))
+    write_json(folder / "result.json", dump(result))
+    return result
+
+
+def _on_challenge_hardware(num_trained: int, ranks: Ranks) -> bool:
+    """Whether as many GPUs of the kind trained and score as both clocks are defined for."""
+    count, kind = CLOCK_GPUS
+    is_gpu = ranks.device.type == "cuda" and kind in torch.cuda.get_device_name(ranks.device)
+    return is_gpu and num_trained == ranks.world_size == count
+
+
+def score_artifact(
+    artifact: Path, dataset: Dataset, spec: EvaluateSpec, ranks: Ranks, *, dtype: str
+) -> Score:
+    """Load an artifact's weights from disk into a fresh model and score the validation split."""
+    text = val_text(dataset)
+    model, state = load_artifact(artifact, text.tokenizer)
+    return score_state(model, state, text, spec, ranks, dtype=dtype).score

@@ -9,20 +9,23 @@ from service.cli import app
 from trainer import errors
 
 SURFACE = """\
-audit SUBJECT --liveness -S --home -o/--output
+audit SUBJECT --liveness --profile --probe/--no-probe --limit -S --home -o/--output
 best [SWEEP] --home -o/--output
 data fetch [VARIANT] --train-shards --holdout/--no-holdout --name --base-url --repo --home
 data ls --home -o/--output
 data prepare [SOURCES] --name --embedded --tokenizer --vocab-size --val-fraction \
 --holdout-fraction --shard-tokens --seed --home
 data verify NAME --home
+fit BANK --cap -S --entry --recipe --data --train-tokens --tokens --tokenizer --limit --window \
+--stride --variant --dtype --out --home -o/--output
 import FILE --recipe -o/--out -S
+quantize BANK -o/--out -S --entry --recipe --data --train-tokens --tokenizer --dtype --home --output
 recipes [NAME] -o/--output
 report [SWEEP] --home -o/--output --open
 run SWEEP_FILE -S --home --num-cpus --address --tracking-uri -o/--output
 schema [OF]
-score ARTIFACT --data --tokens --tokenizer --limit --window --stride --variant --dtype --home \
--o/--output
+score CHECKPOINT --data --tokens --tokenizer --limit --window --stride --variant --documents -S \
+--recipe --entry --dtype --workers --budget-seconds --home -o/--output
 status [SWEEP] --home -o/--output
 sync [SWEEP] --home --tracking-uri
 validate SWEEP_FILE -S --home -o/--output

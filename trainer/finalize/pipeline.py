@@ -7,7 +7,7 @@ caller's, scoring `trainer.evaluate`'s.
 import stat
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -18,15 +18,17 @@ from trainer.blueprint import blueprint
 from trainer.errors import DataError
 from trainer.finalize.artifact import check_shapes, write_weights
 from trainer.finalize.code import write_code
+from trainer.finalize.gptq import row_errors
 from trainer.finalize.prune import num_pruned, prune
 from trainer.finalize.quantize import TensorRecord, quantize_tensors
+from trainer.finalize.stored import Stored, restore
+from trainer.finalize.trim import Trimmed, trim_ones
 from trainer.runtime.files import sha256_file
 from trainer.sizes import TensorSize, is_pruned, tensor_sizes
 from trainer.specs.final import FinalSpec
 from trainer.specs.model import ModelSpec
 
 WEIGHTS_FILE: Final = "weights.fw"
-CODE_FILE: Final = "code.pyz"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ class FinalReport:
     code_bytes: int
     artifact_bytes: int
     num_pruned: int
+    num_trimmed: int
     tensors: tuple[TensorRecord, ...]
     weights_sha256: str
     clock_s: dict[str, float]
@@ -48,34 +51,72 @@ def finalize(
     final: FinalSpec,
     folder: Path,
     tokenizer_sha256: str,
+    hessians: Mapping[str, Tensor] | None = None,
 ) -> FinalReport:
-    """Prune, quantize and write a state as `weights.fw` and `code.pyz`; report from the files.
+    """Prune, quantize, trim and write a state as `weights.fw` and its code; report from the files.
 
-    `model` is the trained one; the artifact holds what it exports.
+    `model` is the trained one; the artifact holds what it exports. Hessians are those of
+    `quantize_tensors`.
     """
     started = time.perf_counter()
     exported = model.exported()
     tensors = tensor_sizes(blueprint(exported))
     pruned, total_pruned = _prune_large(_checked(state, model), tensors, final)
     after_prune = time.perf_counter()
-    stored, records = quantize_tensors(pruned, tensors, final.quantize)
+    stored, records = quantize_tensors(pruned, tensors, final.quantize, hessians)
     after_quantize = time.perf_counter()
-    weights, code = folder / WEIGHTS_FILE, folder / CODE_FILE
-    write_weights(weights, exported, stored, final.compress, tokenizer_sha256)
-    write_code(code)
+    weights, sizes = folder / WEIGHTS_FILE, dict[str, int]()
+
+    def write(forms: Mapping[str, Stored]) -> int:
+        written = write_weights(weights, exported, forms, final.compress, tokenizer_sha256)
+        sizes.update(written.by_tensor)
+        return written.num_bytes
+
+    if final.trim_ones is None:
+        write(stored)
+        trimmed = Trimmed(stored, 0, frozenset())
+    else:
+        trimmed = trim_ones(stored, final.trim_ones.weights_bytes, write)
+    code = write_code(folder, final.code)
     after_write = time.perf_counter()
     return FinalReport(
         weights_bytes=weights.stat().st_size,
         code_bytes=code.stat().st_size,
         artifact_bytes=artifact_bytes(folder),
         num_pruned=total_pruned,
-        tensors=records,
+        num_trimmed=trimmed.count,
+        tensors=tuple(
+            replace(_measured_again(record, pruned, trimmed, hessians), bytes=sizes[record.name])
+            for record in records
+        ),
         weights_sha256=sha256_file(weights),
         clock_s={
             "prune": after_prune - started,
             "quantize": after_quantize - after_prune,
             "write": after_write - after_quantize,
         },
+    )
+
+
+def _measured_again(
+    record: TensorRecord,
+    state: Mapping[str, Tensor],
+    trimmed: Trimmed,
+    hessians: Mapping[str, Tensor] | None,
+) -> TensorRecord:
+    """What storing a tensor costs once some of its ones are gone."""
+    if record.name not in trimmed.names:
+        return record
+    error = state[record.name] - restore(trimmed.stored[record.name])
+    output = record.hessian_error
+    if output is not None and hessians is not None:
+        hessian = hessians[record.name]
+        output = float(row_errors(error.to(hessian.device), hessian).sum()) / error.numel()
+    return replace(
+        record,
+        mse=float(error.square().mean(dtype=torch.float64)),
+        max_error=float(error.abs().max()),
+        hessian_error=output,
     )
 
 

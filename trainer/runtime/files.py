@@ -4,7 +4,8 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Generator
+import shutil
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,23 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON; NaN and infinity are refused rather than written."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def link_files(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Let `target` hold the named files and folders of `source` as well: the same files where a
+    file system can, copies elsewhere. What an earlier attempt left there is replaced."""
+    for name in names:
+        for path in [source / name, *sorted((source / name).rglob("*"))]:
+            placed = target / path.relative_to(source)
+            if path.is_dir():
+                shutil.rmtree(placed, ignore_errors=True)
+                placed.mkdir(parents=True)
+                continue
+            placed.unlink(missing_ok=True)
+            try:
+                os.link(path, placed)
+            except OSError:  # another file system, or one without links
+                shutil.copy2(path, placed)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ CLIP_CANDIDATES: dict[str, tuple[float, ...]] = {
     "r9": (0.80, 0.85, 0.90, 0.93, 0.95, 0.97, 0.98, 0.99, 1.0),  # parameter-golf PR #951
 }
 LARGEST_SCALE = 65_504.0  # scales are stored as float16
+MAX_RANK = 64  # of a low-rank repair: restoring takes time in proportion
 _SD_CLIP = re.compile(r"sd(\d+(\.\d+)?)")
 
 
@@ -151,6 +152,7 @@ class Lqer:
 
     def __post_init__(self) -> None:
         require_positive(tensors=self.tensors, rank=self.rank)
+        require(self.rank <= MAX_RANK, f"rank={self.rank} exceeds {MAX_RANK}")
 
 
 @spec
@@ -184,6 +186,14 @@ class Quantize:
             f"scale_floor={self.scale_floor} exceeds {LARGEST_SCALE:g}, the largest float16",
         )
         require(self.float_numel >= 0, f"float_numel={self.float_numel} is below 0")
+        parts = ("mlp", "attention", "hash", "embed", "other")
+        require(
+            self.gptq is None
+            or self.gptq.row_importance is None
+            or any(sd_clip(self.clip_of(part)) for part in parts),
+            "gptq.row_importance moves a clip of row deviations, and no class has one; "
+            "set clip=sd<k> or leave it out",
+        )
 
     def clip_of(self, part: str) -> str:
         """The clip of a class of tensors: its own, or the common one."""

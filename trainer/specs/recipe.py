@@ -17,11 +17,16 @@ class DataSpec:
 
 @spec
 class Observe:
-    """What a training writes down on its way. Changes no weight, so it enters no identity."""
+    """What a training writes down on its way. Changes no weight, so it enters no identity.
+
+    `forecast`: the final whose weights file is forecast at every validation; the recipe's own
+    unless another is given.
+    """
 
     log_every: int = 10
     validate_every: int | None = None
     checkpoint_every: int | None = None
+    forecast: FinalSpec | None = None
 
     def __post_init__(self) -> None:
         require_positive(

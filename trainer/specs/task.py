@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from trainer.specs.base import require_positive, spec
 from trainer.specs.evaluate import EvaluateSpec
-from trainer.specs.final import FinalSpec
+from trainer.specs.final import FinalSpec, Gptq
 from trainer.specs.model import ModelSpec
 from trainer.specs.recipe import Observe, Recipe
 from trainer.specs.train import TrainSpec, ema_entry
@@ -21,6 +21,23 @@ class TrainTask:
 
     def __post_init__(self) -> None:
         require_positive(parity_window=self.parity_window)
+
+
+@spec
+class HessiansTask:
+    """What a bank entry's Hessians follow from. Of `gptq` only what makes the calibration text is
+    set: what rounds by the Hessians stays at its default, so that trials of it share them."""
+
+    entry: str
+    gptq: Gptq
+
+
+@spec
+class ArtifactTask:
+    """One artifact of a bank entry."""
+
+    entry: str
+    final: FinalSpec
 
 
 @spec
@@ -41,7 +58,7 @@ def train_task(recipe: Recipe) -> TrainTask:
         model=recipe.model,
         train=replace(recipe.train, averages=kept),
         parity_window=recipe.evaluate.window,
-        observe=recipe.observe,
+        observe=replace(recipe.observe, forecast=recipe.observe.forecast or recipe.final),
     )
 
 
@@ -51,3 +68,19 @@ def final_task(recipe: Recipe) -> FinalTask:
     average = recipe.final.average
     entry = ema_entry(decay) if average == "ema" and decay is not None else average
     return FinalTask(entry=entry, final=recipe.final, evaluate=recipe.evaluate)
+
+
+def artifact_task(task: FinalTask) -> ArtifactTask:
+    """The artifact that a final scores."""
+    return ArtifactTask(entry=task.entry, final=task.final)
+
+
+def hessians_task(task: ArtifactTask) -> HessiansTask | None:
+    """The Hessians that an artifact needs, None if it rounds without."""
+    gptq = task.final.quantize.gptq
+    if gptq is None:
+        return None
+    text = Gptq(calibration=gptq.calibration, sequences=gptq.sequences, seq_len=gptq.seq_len)
+    if gptq.calibration == "generated":
+        text = replace(text, temperature=gptq.temperature, seed=gptq.seed)
+    return HessiansTask(entry=task.entry, gptq=text)

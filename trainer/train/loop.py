@@ -20,9 +20,11 @@ from trainer.evaluate.sliding import score_stream
 from trainer.model.build import load_state
 from trainer.optim.schedule import lr_scale, progress
 from trainer.results import TrainResult
+from trainer.rows import typical_deviations
 from trainer.runtime.clock import Clock
 from trainer.runtime.distributed import Ranks
 from trainer.runtime.tensors import save_tensors
+from trainer.sizes import forecast_interval
 from trainer.specs.evaluate import EvaluateSpec
 from trainer.specs.task import TrainTask
 from trainer.specs.train import ema_entry
@@ -80,7 +82,7 @@ def train(task: TrainTask, dataset: Dataset, folder: Path, ranks: Ranks) -> Trai
             if done or _is_due(state.step, observe.validate_every):
                 with clock.phase("validate"):
                     val_bpb = _finite("val/bpb", judge.score(state.model), state.step)
-                    journal.write(state.step, {"val/bpb": val_bpb})
+                    journal.write(state.step, {"val/bpb": val_bpb, **_sizes(task, state.model)})
             if not done and _is_due(state.step, observe.checkpoint_every):
                 with clock.phase("checkpoint"):
                     _checkpoint(state, folder, ranks)
@@ -125,6 +127,19 @@ def _finite(name: str, value: float, step: int) -> float:
             "train.optimizer.grad_clip"
         )
     return value
+
+
+def _sizes(task: TrainTask, model: torch.nn.Module) -> dict[str, float]:
+    """Forecast the weights file that the weights as they stand would make, with its interval."""
+    if task.observe.forecast is None:
+        return {}
+    stds = typical_deviations({name: p.detach() for name, p in model.named_parameters()})
+    size = forecast_interval(task.model, task.observe.forecast, stds)
+    return {
+        "size/forecast_bytes": size.point,
+        "size/forecast_low_bytes": size.low,
+        "size/forecast_high_bytes": size.high,
+    }
 
 
 def _checkpoint(state: TrainState, folder: Path, ranks: Ranks) -> None:

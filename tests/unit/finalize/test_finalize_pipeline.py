@@ -4,13 +4,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from trainer.errors import DataError
+from trainer.errors import DataError, InfeasibleError
 from trainer.finalize.artifact import read_weights
+from trainer.finalize.code import write_code
 from trainer.finalize.pipeline import artifact_bytes, finalize
 from trainer.finalize.quantize import quantize_tensors
 from trainer.finalize.stored import restore
 from trainer.runtime.files import sha256_file
-from trainer.specs.final import FinalSpec, Prune, Zstd
+from trainer.specs.final import FinalSpec, Gptq, Prune, TrimOnes, Zstd
 from trainer.specs.model import Mtp
 
 
@@ -18,11 +19,11 @@ from trainer.specs.model import Mtp
 def finish(small, tmp_path):
     """Finalize the small model into a folder; keyword arguments change the spec."""
 
-    def run(state=None, folder="artifact", **changes):
+    def run(state=None, folder="artifact", hessians=None, **changes):
         spec = replace(FinalSpec(quantize=small.quantize, compress=Zstd(level=3)), **changes)
         chosen = small.state if state is None else state
         path = tmp_path / folder
-        return path, finalize(chosen, small.spec, spec, path, small.tokenizer_sha256)
+        return path, finalize(chosen, small.spec, spec, path, small.tokenizer_sha256, hessians)
 
     return run
 
@@ -44,7 +45,80 @@ def test_written_weights_are_the_quantized_state(finish, small):
 
     stored, records = quantize_tensors(small.state, small.tensors, small.quantize)
     assert all(torch.equal(tensors[name], restore(stored[name])) for name in stored)
-    assert report.tensors == records
+    assert [replace(record, bytes=None) for record in report.tensors] == list(records)
+
+
+def test_bytes_of_the_tensors_add_up_to_the_file_but_for_its_header(finish, small):
+    _, report = finish()
+
+    sizes = {record.name: record.bytes for record in report.tensors}
+
+    assert sizes.keys() == {tensor.name for tensor in small.tensors}
+    assert all(size > 0 for size in sizes.values())
+    assert 0 < report.weights_bytes - sum(sizes.values()) < report.weights_bytes
+
+
+@pytest.mark.parametrize("form", ["zip", "packed"])
+def test_code_is_written_in_the_form_of_the_spec(finish, tmp_path, form):
+    folder, report = finish(code=form)
+
+    alone = write_code(tmp_path / "alone", form)
+
+    assert report.code_bytes == alone.stat().st_size
+    assert (folder / alone.name).read_bytes() == alone.read_bytes()
+
+
+@pytest.fixture
+def coarse(small):
+    """Steps so wide that many integers are ±1."""
+    return replace(small.quantize, clip="sd20")
+
+
+def test_ones_are_trimmed_down_to_the_bytes_of_the_spec(finish, coarse):
+    _, plain = finish(folder="plain", quantize=coarse)
+    target = plain.weights_bytes - 30
+
+    folder, report = finish(quantize=coarse, trim_ones=TrimOnes(weights_bytes=target))
+
+    assert report.num_trimmed > plain.num_trimmed == 0
+    assert 0.9 * target < report.weights_bytes <= target
+    assert report.weights_bytes == (folder / "weights.fw").stat().st_size
+
+
+def test_records_of_trimmed_tensors_tell_the_error_that_is_left(finish, small, coarse):
+    _, plain = finish(folder="plain", quantize=coarse)
+    trim = TrimOnes(weights_bytes=plain.weights_bytes - 30)
+
+    folder, report = finish(quantize=coarse, trim_ones=trim)
+
+    _, tensors, _ = read_weights(folder / "weights.fw")
+    for after in report.tensors:
+        error = small.state[after.name] - tensors[after.name]
+        assert after.mse == pytest.approx(float(error.square().mean()), rel=1e-5)
+        assert after.max_error == pytest.approx(float(error.abs().max()), rel=1e-6)
+    assert [record.mse for record in report.tensors] != [record.mse for record in plain.tensors]
+
+
+def test_impossible_number_of_bytes_is_refused_with_the_smallest(finish):
+    with pytest.raises(InfeasibleError, match=r"bytes are left when all [\d,]+ ones are zeroed"):
+        finish(trim_ones=TrimOnes(weights_bytes=10))
+
+
+def test_hessians_shape_the_rounding(finish, small):
+    gptq = replace(small.quantize, gptq=Gptq())
+    names = [t.name for t in small.tensors if t.role == "matrix" and t.numel > 32]
+    generator = torch.Generator().manual_seed(1)
+    hessians = {}
+    for name in names:
+        width = small.state[name].shape[1]
+        inputs = torch.randn(64, width, generator=generator) @ torch.randn(width, width)
+        hessians[name] = inputs.T @ inputs / 64
+
+    _, report = finish(quantize=gptq, hessians=hessians)
+
+    by_name = {record.name: record for record in report.tensors}
+    assert all(by_name[name].method == "gptq" for name in names)
+    assert all(by_name[n].hessian_error <= by_name[n].nearest_hessian_error for n in names)
 
 
 def test_same_state_gives_the_same_folder(finish):
