@@ -7,11 +7,11 @@ pr414 66 with 25,952,256 weights, are quantized as the recipe says and with clip
 deviations of the row. The general compressors get all integers at once, by columns and the same
 part of every layer side by side, with the settings of `trainer.finalize.compress`; our coder gets
 the matrices in the order of the model. Not counted for either: the float16 scales of the rows.
-Seconds are of one CPU core.
+Seconds are of one CPU core: set OMP_NUM_THREADS=1.
 
 order 0: the entropy of each matrix's integers, tables free. ideal: Gaussians with one deviation
-a row times one a column, the likeliest ones, known for nothing: no file can be as small. issue:
-what issue 4 gives for zstd-22 and brotli-11, in its own layout.
+a row times one a column, the likeliest ones, known for nothing: no file can be as small. public:
+what zstd-22 and brotli-11 take as the public scripts call them.
 """
 
 import argparse
@@ -90,15 +90,15 @@ def compare(matrices: Sequence[Integers]) -> dict[str, tuple[int, float, float]]
     return rows
 
 
-def show(rows: dict[str, tuple[int, float, float]], issue: tuple[int, int]) -> None:
+def show(rows: dict[str, tuple[int, float, float]], public: tuple[int, int]) -> None:
     """Print the table."""
     zstd, brotli = rows["zstd-22"][0], rows["brotli-11"][0]
     print(
-        f"{'':10}{'bytes':>12}{'under zstd':>12}{'under brotli':>14}{'issue zstd':>12}"
-        f"{'issue brotli':>14}{'write s':>9}{'read s':>8}"
+        f"{'':10}{'bytes':>12}{'under zstd':>12}{'under brotli':>14}{'public zstd':>13}"
+        f"{'public brotli':>15}{'write s':>9}{'read s':>8}"
     )
     for name, (size, write_s, read_s) in rows.items():
-        shares = [1 - size / other for other in (zstd, brotli, *issue)]
+        shares = [1 - size / other for other in (zstd, brotli, *public)]
         widths = (12, 14, 12, 14)
         under = "".join(f"{share:{w}.2%}" for share, w in zip(shares, widths, strict=True))
         seconds = f"{write_s:9.1f}{read_s:8.1f}" if write_s else ""
