@@ -14,7 +14,12 @@ from trainer.errors import UsageError
 from trainer.finalize.code import code_digest
 from trainer.optim.schedule import check_late_parts
 from trainer.protocol import SPEC_VERSION
-from trainer.sizes import flops_per_token, forecast_weights_bytes, num_params
+from trainer.sizes import (
+    flops_per_token,
+    forecast_interval,
+    forecast_weights_bytes,
+    num_params,
+)
 from trainer.specs.recipe import Recipe
 from trainer.specs.task import (
     ArtifactTask,
@@ -226,7 +231,8 @@ def _id(kind: str, **facts: Any) -> str:
 
 
 def _forecast(trainings: tuple[Training, ...], finals: list[FinalTask]) -> dict[str, Any]:
-    """Steps, tokens, FLOPs and the span of forecast weights bytes."""
+    """Steps, tokens, FLOPs, and the span of forecast weights bytes, alone and with their
+    intervals."""
     steps = sum(training.task.train.iterations for training in trainings)
     tokens = sum(t.task.train.iterations * t.task.train.batch_tokens for t in trainings)
     flops = sum(
@@ -237,13 +243,18 @@ def _forecast(trainings: tuple[Training, ...], finals: list[FinalTask]) -> dict[
         for t in trainings
     )
     models = {t.task.model for t in trainings}
-    weights = [forecast_weights_bytes(model, task.final) for model in models for task in finals]
+    weights = [forecast_interval(model, task.final) for model in models for task in finals]
     return {
         "steps": steps,
         "tokens": tokens,
         "train_flops": flops,
         "num_params": sorted({num_params(model) for model in models}),
-        "weights_bytes": [min(weights), max(weights)] if weights else None,
+        "weights_bytes": [min(f.point for f in weights), max(f.point for f in weights)]
+        if weights
+        else None,
+        "weights_bytes_interval": [min(f.low for f in weights), max(f.high for f in weights)]
+        if weights
+        else None,
     }
 
 

@@ -169,4 +169,8 @@ def test_the_forecast_counts_steps_tokens_and_parameters(plan):
 
     assert made.forecast["steps"] == 60
     assert made.forecast["tokens"] == 60 * 1024
+    (least, most), (low, high) = (
+        made.forecast[name] for name in ("weights_bytes", "weights_bytes_interval")
+    )
+    assert low < least <= most < high
     assert made.forecast["num_params"] == [592_144]
