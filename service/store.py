@@ -35,8 +35,9 @@ class Store:
     def claim(self, kind: str, stage_id: str) -> Generator[Path]:
         """Hold a stage alone, waiting for whoever holds it now; yields its folder."""
         folder = self.folder(kind, stage_id)
-        folder.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(f"{stage_id}.lock")):
+            # Not before: a holder that starts over would find made what it has just removed.
+            folder.mkdir(parents=True, exist_ok=True)
             yield folder
 
     def compute(

@@ -3,13 +3,14 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from service.store import Store
-from trainer.runtime.files import write_json
+from trainer.runtime.files import locked, write_json
 
 
 def build(folder: Path) -> None:
@@ -97,3 +98,18 @@ def test_a_failed_build_leaves_no_result(tmp_path: Path):
         store.compute("finals", "f", lambda folder: 1 / 0)
 
     assert store.find("finals", "f") is None
+
+
+def test_who_waits_for_a_stage_makes_nothing_in_it(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    folder = store.folder("finals", "abc")
+    waiting = threading.Thread(target=lambda: store.claim("finals", "abc").__enter__())
+
+    with locked(folder.with_name("abc.lock")):
+        waiting.start()
+        waiting.join(timeout=0.3)
+        assert waiting.is_alive()
+        assert not folder.exists()
+    waiting.join(timeout=10)
+
+    assert folder.is_dir()
