@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trainer.artifacts import load_training, make_artifact
 from trainer.codec import parse, with_values
 from trainer.data.bytecount import ByteTable
 from trainer.data.manifest import (
@@ -37,8 +38,6 @@ from trainer.run import (
     check_parity,
     finalize,
     is_trained,
-    load_training,
-    make_artifact,
     score_artifact,
     train,
 )

@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+from trainer.artifacts import collect, make_artifact
 from trainer.codec import dump, parse, parse_assignment, read_recipe, to_yaml, with_values
 from trainer.data.shards import Dataset, load_dataset
 from trainer.errors import FairwayError, InfeasibleError, UsageError
@@ -18,10 +19,8 @@ from trainer.protocol import ARTIFACT_BYTES_CAP
 from trainer.results import FinalResult, Score
 from trainer.run import (
     check_parity,
-    collect,
     finalize,
     is_trained,
-    make_artifact,
     score_artifact,
     train,
 )

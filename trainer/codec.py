@@ -24,6 +24,7 @@ from trainer.errors import UsageError
 T = TypeVar("T")
 MAX_YAML_BYTES = 256 * 1024
 MAX_DEPTH = 32
+_PLAIN = (str, int, float, bool)
 MAX_SHOWN = 80  # characters of a refused value in a message
 
 
@@ -263,7 +264,7 @@ def _locate(cls: Any, loc: tuple[Any, ...]) -> tuple[Any, str]:
     owner, path = cls, []
     current: Any = cls
     for key in loc:
-        members = _members(current)
+        members = members_of(current)
         by_name = {m.__name__: m for m in members if is_dataclass(m)}  # type: ignore[attr-defined]
         if key in by_name and key not in names_of(current):
             current = by_name[key]  # a step into a union, not a key of the file
@@ -276,7 +277,8 @@ def _locate(cls: Any, loc: tuple[Any, ...]) -> tuple[Any, str]:
     return owner, ".".join(path).replace(".[", "[")
 
 
-def _members(annotation: Any) -> tuple[Any, ...]:
+def members_of(annotation: Any) -> tuple[Any, ...]:
+    """The types that a declared type lets choose from: a union's members, or itself."""
     return get_args(annotation) if get_origin(annotation) in (UnionType, Union) else (annotation,)
 
 
@@ -287,13 +289,13 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 def names_of(annotation: Any) -> list[str]:
     """Field names of a spec class, or of all members of a union of them."""
-    specs = [m for m in _members(annotation) if is_dataclass(m)]
+    specs = [m for m in members_of(annotation) if is_dataclass(m)]
     return list(dict.fromkeys(f.name for cls in specs for f in fields(cls)))
 
 
 def field_type(annotation: Any, name: str) -> Any:
     """The declared type of a field, None where there is no such field."""
-    for member in _members(annotation):
+    for member in members_of(annotation):
         if is_dataclass(member) and name in _hints(member):
             return _hints(member)[name]
         if get_origin(member) in (tuple, dict):
@@ -308,7 +310,7 @@ def check_path(cls: Any, path: str, where: str) -> None:
         if key not in names_of(current):
             raise UsageError(f"{where}: no knob {path!r}{suggest(key, names_of(current))}")
         current = field_type(current, key)
-    if any(is_dataclass(m) for m in _members(current)):
+    if any(is_dataclass(m) for m in members_of(current)):
         example = names_of(current)[:1]
         hint = f"; sweep one of its values, such as {path}.{example[0]}" if example else ""
         raise UsageError(f"{where}: {path!r} is a part, not a value{hint}")
@@ -325,6 +327,8 @@ def suggest(got: str, known: Iterable[str]) -> str:
 
 def dump(value: Any) -> Any:
     """Turn a spec into plain data, without its absent parts."""
+    if isinstance(value, _PLAIN):  # most of what there is, and cheap to know
+        return value
     if is_dataclass(value) and not isinstance(value, type):
         pairs = ((f.name, getattr(value, f.name)) for f in fields(value))
         return {name: dump(part) for name, part in pairs if part is not None}

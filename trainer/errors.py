@@ -6,7 +6,9 @@
     ├── InfeasibleError    finished, but nothing fits or is legal           exit 3
     ├── BudgetError        budget or deadline used up                       exit 4
     ├── BackendError       server, cluster or tracking out of reach         exit 5
+    ├── Stopped            ended early on purpose, at a checkpoint          exit 1
     └── TrainingError      a training that would fail again the same way    exit 1
+        └── OutOfMemory    it does not fit its device, or the machine       exit 1
 
 Each carries one line that says where, what was found, what was expected and what to do.
 Everything else that is raised is a bug.
@@ -49,3 +51,15 @@ class BackendError(FairwayError):
 
 class TrainingError(FairwayError):
     """The training diverged or cannot work as specified; retrying would not help."""
+
+
+class OutOfMemory(TrainingError):
+    """The training does not fit: the message says what it peaked at and what to lower."""
+
+
+class Stopped(FairwayError):
+    """The training was told to stop, for this reason; its checkpoint goes on from there."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason

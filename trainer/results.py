@@ -14,7 +14,8 @@ class Totals:
 
 @spec
 class Score:
-    """A scored text. val_loss is in nats per token; eval_clock_s excludes loading."""
+    """A scored text. val_loss is in nats per token; eval_clock_s excludes loading and includes
+    the attempts that it goes on from."""
 
     val_bpb: float
     val_loss: float
@@ -29,7 +30,7 @@ class TrainResult:
 
     steps: int
     steps_computed: int
-    """Steps that this process ran itself: fewer than `steps` after a resume."""
+    """Steps that this process ran itself: fewer than `steps` after a resume, or from a trunk."""
     num_params: int
     tokens: int
     world_size: int
@@ -45,6 +46,19 @@ class TrainResult:
     parity_tolerance: float
     qat_start_step: int | None = None
     """Steps done when fake quantization came on: 0 without a start, None when it never did."""
+
+
+@spec
+class StateResult:
+    """What a trunk left where trainings depart from it. Clocks count from step 0, as TrainResult's
+    do."""
+
+    step: int
+    """Steps done."""
+    steps_computed: int
+    """Steps that this process ran since the trunk's previous state, or since it began."""
+    train_clock_s: float
+    clock_s: dict[str, float]
 
 
 @spec
@@ -68,8 +82,7 @@ class ParityResult:
 
 @spec
 class HessiansResult:
-    """The Hessians of a bank entry, and the seconds of the training clock that they would cost:
-    what reads training data counts there."""
+    """The Hessians of a bank entry, and the seconds that collecting them took."""
 
     names: tuple[str, ...]
     tokens: int
@@ -78,7 +91,8 @@ class HessiansResult:
 
 @spec
 class ArtifactResult:
-    """A written artifact, measured on disk."""
+    """A written artifact, measured on disk. `calibration`: which text its Hessians, if it has any,
+    were collected on, `train` or `generated`."""
 
     entry: str
     num_params: int
@@ -88,6 +102,30 @@ class ArtifactResult:
     forecast_bytes: int
     weights_sha256: str
     finalize_clock_s: float
+    calibration: str | None = None
+    calibration_clock_s: float | None = None
+
+
+@spec
+class RankResult:
+    """An artifact scored on the held-out training shards, which no final may be judged by: what
+    finals are ranked by before the best of them meet validation."""
+
+    entry: str
+    num_params: int
+    artifact_bytes: int
+    weights_bytes: int
+    code_bytes: int
+    forecast_bytes: int
+    weights_sha256: str
+    finalize_clock_s: float
+    holdout_bpb: float
+    holdout_loss: float
+    """In nats per token."""
+    tokens: int
+    bytes: int
+    eval_clock_s: float
+    calibration: str | None = None
     calibration_clock_s: float | None = None
 
 
@@ -105,4 +143,5 @@ class FinalResult:
     finalize_clock_s: float
     score: Score
     audit: tuple[Rule, ...]
+    calibration: str | None = None
     calibration_clock_s: float | None = None

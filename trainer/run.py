@@ -1,33 +1,30 @@
-"""The public functions: train, check_parity, collect, make_artifact, finalize. Wiring only.
+"""The public functions: train, check_parity, finalize. Wiring only.
 
 Each reads a frozen task and an input folder and leaves an output folder whose result.json,
 written last, means done.
 """
 
 import shutil
-import time
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trainer.artifacts import load_training
 from trainer.codec import dump, fingerprint, parse
 from trainer.data.shards import Dataset
 from trainer.errors import DataError, UsageError
 from trainer.evaluate import audit
 from trainer.evaluate.journal import Journal, identity
-from trainer.finalize.calibration import calibration_batches
 from trainer.finalize.code import code_digest
-from trainer.finalize.hessians import collect_hessians, load_hessians, save_hessians
 from trainer.finalize.pipeline import WEIGHTS_FILE, artifact_bytes
-from trainer.finalize.pipeline import finalize as write_artifact
 from trainer.model.build import build, load_state
 from trainer.protocol import CLOCK_GPUS, SPEC_VERSION
 from trainer.results import (
     ArtifactResult,
     FinalResult,
-    HessiansResult,
     ParityResult,
     Rule,
     Score,
@@ -36,24 +33,79 @@ from trainer.results import (
 from trainer.runtime.distributed import Ranks
 from trainer.runtime.files import link_files, read_json, sha256_file, write_json
 from trainer.runtime.tensors import load_tensors
-from trainer.scoring import load_artifact, score_state, score_text, val_text
-from trainer.sizes import forecast_weights_bytes, num_params
+from trainer.scoring import (
+    Scored,
+    Text,
+    load_artifact,
+    score_state,
+    score_text,
+    val_text,
+)
 from trainer.specs.evaluate import EvaluateSpec
 from trainer.specs.recipe import Observe
-from trainer.specs.task import ArtifactTask, FinalTask, HessiansTask, TrainTask
+from trainer.specs.task import Departure, FinalTask, TrainTask
 from trainer.train import loop
+from trainer.train.memo import Memo
+from trainer.train.memory import memory_watched
+from trainer.train.state import discard_checkpoints
+from trainer.train.steering import Steer, Steering
+from trainer.train.trunk import Trunk
 
 
-def train(task: TrainTask, dataset: Dataset, folder: Path, ranks: Ranks) -> TrainResult:
-    """Train, or resume what `folder` holds, and leave its bank and result.json there."""
+def train(
+    task: TrainTask,
+    dataset: Dataset,
+    folder: Path,
+    ranks: Ranks,
+    *,
+    start: Path | None = None,
+    steer: Steer | None = None,
+    memo: Memo | None = None,
+) -> TrainResult:
+    """Train, or resume what `folder` holds, and leave its bank and result.json there.
+
+    start: a trunk's state to begin from, with the same result as from step 0. steer: who is asked
+    on the way whether to go on. memo: what this process keeps from one training to the next.
+    """
     check_vocabulary(task, dataset)
     ranks.together(lambda: _begin(task, dataset, folder, ranks))
-    result = loop.train(task, dataset, folder, ranks)
+    result = loop.train(task, dataset, folder, ranks, start=start, steer=steer, memo=memo)
     if ranks.is_first:
         write_json(folder / "result.json", dump(result))
-        loop.discard_checkpoints(folder)
+        discard_checkpoints(folder)
     ranks.barrier()
     return result
+
+
+def grow_trunk(
+    task: TrainTask,
+    dataset: Dataset,
+    states: Sequence[tuple[Departure, Path]],
+    folder: Path,
+    ranks: Ranks,
+    *,
+    start: Path | None = None,
+    steer: Steer | None = None,
+    memo: Memo | None = None,
+) -> None:
+    """Train `task` from `start` or step 0 as far as its states need it, and leave each in its
+    folder; those that lie there are passed over.
+
+    What a restart needs lies in `folder`/trunk and is removed at the end, so that `folder` may be
+    one of theirs. The rest as `train`.
+    """
+    check_vocabulary(task, dataset)
+    trunk = Trunk(task, states, ranks)
+    if not trunk.open:
+        return
+    work = folder / "trunk"
+    ranks.together(lambda: _begin(task, dataset, work, ranks))
+    with memory_watched(task.train, ranks):
+        steering = Steering(steer, ranks)
+        trunk.grow(loop.Loop(task, dataset, work, ranks, steering, memo or Memo()), start)
+    if ranks.is_first:
+        shutil.rmtree(work)
+    ranks.barrier()
 
 
 def _begin(task: TrainTask, dataset: Dataset, folder: Path, ranks: Ranks) -> None:
@@ -104,13 +156,6 @@ def check_vocabulary(task: TrainTask, dataset: Dataset) -> None:
         )
 
 
-def load_training(folder: Path) -> tuple[TrainTask, TrainResult]:
-    """Read what a finished training in `folder` was told and what it returned."""
-    task = parse(TrainTask, read_json(folder / "task.json"), str(folder / "task.json"))
-    result = parse(TrainResult, read_json(folder / "result.json"), str(folder / "result.json"))
-    return task, result
-
-
 def check_parity(training: Path, dataset: Dataset, folder: Path, ranks: Ranks) -> ParityResult:
     """Repeat the trainer's own end-of-run score from the bank on disk, in this process."""
     task, trained = load_training(training)
@@ -125,69 +170,28 @@ def check_parity(training: Path, dataset: Dataset, folder: Path, ranks: Ranks) -
     return result
 
 
-def collect(
-    task: HessiansTask, training: Path, dataset: Dataset, folder: Path, ranks: Ranks
-) -> HessiansResult:
-    """Run a bank entry over its calibration text and leave its Hessians in `folder`."""
-    trained_as, _ = load_training(training)
-    started = time.monotonic()
-    model = build(trained_as.model.exported(), dtype=trained_as.train.dtype)
-    names = {name for name, _ in model.named_parameters()}
-    state = load_tensors(training / "bank", task.entry)
-    load_state(model, {name: tensor for name, tensor in state.items() if name in names})
-    model.to(ranks.device).eval()
-    batches = calibration_batches(model, task.gptq, dataset, ranks)
-    hessians = collect_hessians(model, batches, ranks)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_hessians(folder, hessians)
-    result = HessiansResult(
-        names=tuple(hessians),
-        tokens=task.gptq.sequences * task.gptq.seq_len,
-        clock_s=time.monotonic() - started,
-    )
-    write_json(folder / "result.json", dump(result))
-    return result
+def read_artifact(made: Path, artifact: Path) -> ArtifactResult:
+    """Read what the stage in `made` says of the artifact that it left, and that lies in `artifact`
+    by now; DataError if that is another."""
+    written = parse(ArtifactResult, read_json(made / "result.json"), str(made / "result.json"))
+    found = artifact_bytes(artifact), sha256_file(artifact / WEIGHTS_FILE)
+    if found != (written.artifact_bytes, written.weights_sha256):
+        raise DataError(f"{made}: altered since it was written; remove the folder and run again")
+    return written
 
 
-def make_artifact(
-    task: ArtifactTask,
-    training: Path,
-    dataset: Dataset,
-    folder: Path,
-    hessians: Path | None,
-    ranks: Ranks,
-) -> ArtifactResult:
-    """Turn one bank entry into an artifact under `folder`, with the Hessians that it asks for.
-
-    Leaves artifact/, tensors.json and, last, result.json.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / "artifact", ignore_errors=True)  # what is left there would be counted
-    trained_as, _ = load_training(training)
-    calibration = None if hessians is None else read_json(hessians / "result.json")["clock_s"]
-    started = time.monotonic()
-    report = write_artifact(
-        load_tensors(training / "bank", task.entry),
-        trained_as.model,
-        task.final,
-        folder / "artifact",
-        sha256_file(dataset.tokenizer_path),
-        None if hessians is None else load_hessians(hessians, ranks.device),
-    )
-    result = ArtifactResult(
-        entry=task.entry,
-        num_params=num_params(trained_as.model.exported()),
-        artifact_bytes=report.artifact_bytes,
-        weights_bytes=report.weights_bytes,
-        code_bytes=report.code_bytes,
-        forecast_bytes=forecast_weights_bytes(trained_as.model, task.final) + report.code_bytes,
-        weights_sha256=report.weights_sha256,
-        finalize_clock_s=time.monotonic() - started,
-        calibration_clock_s=calibration,
-    )
-    write_json(folder / "tensors.json", [dump(tensor) for tensor in report.tensors])
-    write_json(folder / "result.json", dump(result))
-    return result
+def score_made(
+    task: FinalTask, made: Path, text: Text, folder: Path, dtype: str, ranks: Ranks
+) -> Scored:
+    """Score the artifact in `made` on a text, or what a killed attempt in `folder` left of it."""
+    model, state = load_artifact(made / "artifact", text.tokenizer)
+    sha256 = sha256_file(made / "artifact" / WEIGHTS_FILE)
+    what = [SPEC_VERSION, code_digest(), dump(task), sha256, dtype]
+    key = identity(what, text.tokens, ranks.device.type, ranks.world_size)
+    journal = Journal(folder / "journal" / key[:20], key, ranks.rank)
+    scored = score_state(model, state, text, task.evaluate, ranks, dtype=dtype, journal=journal)
+    shutil.rmtree(folder / "journal", ignore_errors=True)
+    return scored
 
 
 def finalize(
@@ -207,20 +211,10 @@ def finalize(
     write_json(folder / "task.json", dump(task))
     trained_as, trained = load_training(training)
     link_files(made, folder, ("artifact", "tensors.json"))
-    text = val_text(dataset)
-    model, state = load_artifact(folder / "artifact", text.tokenizer)
-    written = parse(ArtifactResult, read_json(made / "result.json"), str(made / "result.json"))
-    sha256 = sha256_file(folder / "artifact" / WEIGHTS_FILE)
-    if (artifact_bytes(folder / "artifact"), sha256) != (
-        written.artifact_bytes,
-        written.weights_sha256,
-    ):
-        raise DataError(f"{made}: altered since it was written; remove the folder and run again")
-    dtype = trained_as.train.dtype
-    what = [SPEC_VERSION, code_digest(), dump(task), sha256, dtype]
-    key = identity(what, dataset.digest, ranks.device.type, ranks.world_size)
-    journal = Journal(folder / "journal" / key[:20], key, ranks.rank)
-    scored = score_state(model, state, text, task.evaluate, ranks, dtype=dtype, journal=journal)
+    written = read_artifact(made, folder / "artifact")
+    scored = score_made(task, folder, val_text(dataset), folder, trained_as.train.dtype, ranks)
+    # Calibration on text of the model's own reads no training data (techniques 1.7).
+    calibration_s = written.calibration_clock_s or 0.0
     rules = audit.rules(
         audit.Facts(
             task=task,
@@ -228,15 +222,15 @@ def finalize(
             totals=scored.totals,
             expected_bytes=dataset.num_bytes("val"),
             overlap=dataset.manifest.overlap,
-            train_clock_s=trained.train_clock_s + (written.calibration_clock_s or 0.0),
+            train_clock_s=trained.train_clock_s
+            + (0.0 if written.calibration == "generated" else calibration_s),
             eval_clock_s=scored.score.eval_clock_s,
-            # A score that was resumed took longer than its last attempt.
+            # What a killed attempt did after its last part was written is timed by nobody.
             on_challenge_hardware=not scored.was_resumed
             and _on_challenge_hardware(trained.world_size, ranks),
             parity=parity,
         )
     )
-    shutil.rmtree(folder / "journal", ignore_errors=True)
     result = FinalResult(
         **{each.name: getattr(written, each.name) for each in fields(written)},
         score=scored.score,

@@ -113,7 +113,8 @@ def score_text(
     started = time.monotonic()
     evaluate(model, tape, spec, ranks)
     totals = tape.totals(table)
-    score = score_of(totals, time.monotonic() - started, text.where)
+    spent_s = time.monotonic() - started + (0.0 if journal is None else journal.spent_s)
+    score = score_of(totals, spent_s, text.where)
     ranks.barrier()  # or a slow rank's last part would come after this
     if journal is not None and ranks.is_first:
         journal.remove()

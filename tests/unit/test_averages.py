@@ -117,3 +117,17 @@ def test_a_restored_bank_goes_on_to_the_same_bits():
     for entry, tensors in straight.entries().items():
         for name, tensor in tensors.items():
             assert torch.equal(tensor, resumed.entries()[entry][name])
+
+
+def test_snapshots_that_are_undone_count_no_more():
+    spec = Averages(swa=Swa(start=Late(progress=0.0), every=1))
+    bank = AverageBank(nn.Linear(5, 3), spec)
+    before = bank.state_dict()
+    bank.update(1, 1.0, 0.0)
+
+    bank.load_state_dict(before)
+    bank.update(2, 1.0, 0.0)
+
+    # Of one snapshot, the mean is itself.
+    for name, tensor in bank.entries()["swa"].items():
+        assert torch.equal(tensor, bank.entries()["raw"][name])

@@ -76,3 +76,41 @@ def test_a_value_that_is_no_number_is_not_written(path):
 
     with pytest.raises(ValueError, match="JSON compliant"):
         journal.write(2, {"loss": float("nan")})
+
+
+def test_a_trunks_journal_is_taken_over_with_its_times(path, tmp_path):
+    trunk = tmp_path / "trunk.jsonl"
+    trunk.write_text(
+        '{"step": 2, "at": 7.5, "loss": 5.0}\n{"step": 4, "at": 8.5, "loss": 4.0, "bpb": 1.0}\n'
+    )
+
+    Journal(path, writes=True).take_over(trunk)
+
+    assert path.read_text(encoding="utf-8") == trunk.read_text(encoding="utf-8")
+
+
+def test_what_is_known_of_a_trunks_journal_is_not_taken_over_again(path, tmp_path):
+    trunk = tmp_path / "trunk.jsonl"
+    Journal(trunk, writes=True).write(4, {"loss": 4.0, "bpb": 1.0})
+    journal = Journal(path, writes=True)
+    journal.write(4, {"loss": 4.0})
+
+    journal.take_over(trunk)
+    journal.take_over(trunk)
+
+    assert points(path) == [(4, {"loss": 4.0}), (4, {"bpb": 1.0})]
+
+
+def test_a_trunk_without_its_journal_is_refused(path, tmp_path):
+    with pytest.raises(DataError, match=r"none\.jsonl: No such file or directory; remove .* again"):
+        Journal(path, writes=True).take_over(tmp_path / "none.jsonl")
+
+
+def test_the_lines_up_to_a_step_are_copied(path, tmp_path):
+    journal = Journal(path, writes=True)
+    for step in (2, 4, 6):
+        journal.write(step, {"loss": 5.0 - step})
+
+    journal.copy_until(4, tmp_path / "copy.jsonl")
+
+    assert points(tmp_path / "copy.jsonl") == points(path)[:2]

@@ -2,8 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.optim.schedule import has_begun, lr_scale, progress
-from trainer.specs.train import Late, Schedule, TrainSpec
+from trainer.optim.schedule import has_begun, has_departed, lr_scale, progress
+from trainer.specs.task import Departure
+from trainer.specs.train import Averages, Late, Qat, Schedule, Swa, TrainSpec
 
 
 def spec(max_clock_s=None, **schedule):
@@ -114,3 +115,73 @@ def test_the_rate_never_rises_and_stays_within_floor_and_one(step, warmdown, flo
     now, later = lr_scale(told, step, 0.0), lr_scale(told, step + 1, 0.0)
 
     assert floor <= later <= now <= 1.0
+
+
+def test_by_steps_a_training_departs_before_its_step():
+    departure, trunk = Departure(step=600), spec(warmdown_iters=0)
+
+    assert not has_departed(departure, trunk, 599, 1e9)
+    assert has_departed(departure, trunk, 600, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({}, "give either step or schedule"),
+        ({"step": 5, "schedule": Schedule(basis="wallclock")}, "give either step or schedule"),
+        ({"step": 0}, "step=0 must be above 0"),
+        ({"schedule": Schedule()}, "schedule.basis=steps departs at a step: give that"),
+        ({"step": 5, "starts": (Late(progress=0.5),)}, "starts beside step=5: drop starts"),
+    ],
+)
+def test_a_departure_is_a_step_or_a_time(told, said):
+    with pytest.raises(ValueError, match=rf"^{said}$"):
+        Departure(**told)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "at_s"),
+    [
+        ({"warmdown_iters": 400}, 600, 60.0),
+        ({"warmdown_iters": 400}, 300, 100.0 / (1 + 400 / 300)),  # twice the pace
+        ({"warmdown_iters": 0, "warmdown_fraction": 0.25}, 5, 75.0),
+    ],
+)
+def test_by_wall_clock_it_departs_when_its_rate_would_fall(schedule, step, at_s):
+    own = Schedule(basis="wallclock", **schedule)
+    # The trunk's own rate never falls, and has late parts that only its own schedule reaches.
+    trunk = spec(max_clock_s=100.0, basis="wallclock", warmdown_iters=0)
+
+    assert not has_departed(Departure(schedule=own), trunk, step, at_s - 0.01)
+    assert has_departed(Departure(schedule=own), trunk, step, at_s + 0.01)
+    told = spec(max_clock_s=100.0, basis="wallclock", **schedule)
+    assert lr_scale(told, step, at_s - 0.01) == 1.0 > lr_scale(told, step, at_s + 0.01)
+
+
+@pytest.mark.parametrize("late", [Late(progress=0.5), Late(lr_scale=0.9)])
+def test_by_wall_clock_it_departs_when_something_of_it_begins(late):
+    never = Schedule(basis="wallclock", warmdown_iters=400)
+    departure = Departure(schedule=never, starts=(late,))
+    trunk = spec(max_clock_s=100.0, basis="wallclock", warmdown_iters=0)
+
+    begins_s = 50.0 if late.progress else 60.0
+    assert not has_departed(departure, trunk, 600, begins_s - 0.01)
+    assert has_departed(departure, trunk, 600, begins_s + 0.01)
+
+
+def test_what_a_trunk_has_of_its_own_does_not_disturb_who_departs():
+    low = Late(lr_scale=0.1)
+    trunk = TrainSpec(
+        iterations=1000,
+        batch_tokens=8,
+        seq_len=8,
+        max_clock_s=100.0,
+        schedule=Schedule(basis="wallclock", warmdown_iters=100),
+        averages=Averages(swa=Swa(start=low)),
+        qat=Qat(mlp_bits=6, start=low),
+    )
+    # Its rate never falls as low as what the trunk has begins at.
+    own = Schedule(basis="wallclock", warmdown_iters=100, min_lr_scale=0.5)
+
+    assert not has_departed(Departure(schedule=own), trunk, 500, 50.0)
+    assert has_departed(Departure(schedule=own), trunk, 950, 95.0)

@@ -63,7 +63,8 @@ def _content(part: Any) -> bytes:
 
 
 class Journal:
-    """One rank's hand in the folder of an evaluation. `state` is what `read` found last."""
+    """One rank's hand in the folder of an evaluation. What `read` found: `state`, the last one,
+    and `spent_s`, the seconds of earlier attempts up to their last parts."""
 
     def __init__(self, folder: Path, identity: str, rank: int = 0, every_s: float = 30.0) -> None:
         self.folder = folder
@@ -71,8 +72,9 @@ class Journal:
         self.rank = rank
         self.every_s = every_s
         self.state: Any = None
+        self.spent_s = 0.0
         self._next = 0
-        self._written = time.monotonic()
+        self._since = self._written = time.monotonic()
 
     @property
     def is_due(self) -> bool:
@@ -81,6 +83,7 @@ class Journal:
 
     def read(self) -> list[Entry]:
         """Return what all ranks of earlier attempts left, in order; DataError if it is not ours."""
+        self._since = time.monotonic()
         found = sorted(path for path in self.folder.glob("*.npz") if _PART.fullmatch(path.name))
         entries = [entry for path in found for entry in self._read(path)]
         states = sorted(self.folder.glob("*.state"))
@@ -118,6 +121,7 @@ class Journal:
         np.savez(
             buffer,
             identity=np.array(self.identity),
+            spent_s=np.array(self.spent_s + time.monotonic() - self._since),
             kind=np.array([KINDS.index(entry.kind) for entry in entries], np.int8),
             predictions=np.array([entry.predictions for entry in entries], np.int64),
             windows=np.array([len(entry.windows) for entry in entries], np.int64),
@@ -140,13 +144,14 @@ class Journal:
         try:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as part:
                 columns = {name: part[name] for name in part.files}
-            owner = str(columns["identity"])
+            owner, spent_s = str(columns["identity"]), float(columns["spent_s"])
             entries = _entries(columns) if owner == self.identity else []
         # The file is foreign bytes: the reader raises whatever it stumbles over.
         except Exception as error:
             raise DataError(f"{path}: altered since it was written; {again}") from error
         if owner != self.identity:
             raise DataError(f"{path}: belongs to another score ({owner[:12]}); {again}")
+        self.spent_s = max(self.spent_s, spent_s)
         return entries
 
 

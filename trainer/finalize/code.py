@@ -30,7 +30,7 @@ NOT_SHIPPED: Final = frozenset(
         "overlap.py", "staging.py",
     )
 ) | {
-    "trainer/importer", "trainer/liveness", "trainer/runtime/environment.py",
+    "trainer/choosing.py", "trainer/importer", "trainer/liveness", "trainer/runtime/environment.py",
     "trainer/evaluate/probes", "trainer/evaluate/profiles.py", "trainer/evaluate/timing.py",
     "trainer/finalize/fit.py", "trainer/finalize/plans.py", "trainer/finalize/rate.py",
     "trainer/finalize/shares.py",

@@ -302,8 +302,8 @@ class _Search:
         if not fitting:
             smallest = min(report.artifact_bytes for _, report in self.written)
             raise InfeasibleError(
-                f"--cap {self.cap_bytes:,}: no artifact is so small; the smallest reached has "
-                f"{smallest:,} bytes; allow as many or train a smaller model"
+                f"a cap of {self.cap_bytes:,} bytes: no artifact is so small; the smallest reached "
+                f"has {smallest:,} bytes; allow as many or train a smaller model"
             )
         *_, number = max(fitting)
         final, report = self.written[number]

@@ -1,5 +1,7 @@
 """Averages of the weights: the EMA bank and SWA, in float32 on the weights' device."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -60,18 +62,20 @@ class AverageBank:
             entry: dict(zip(self.names, tensors, strict=True)) for entry, tensors in banked.items()
         }
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
+        """Without a snapshot it is the same whether SWA was asked for or not."""
         return {
             "shadows": {repr(decay): shadow for decay, shadow in self.shadows.items()},
-            "swa_sums": self.swa_sums,
+            "swa_sums": self.swa_sums if self.swa_count else [],
             "swa_count": self.swa_count,
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        shadows: dict[str, list[Tensor]] = state["shadows"]  # type: ignore[assignment]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         for decay, shadow in self.shadows.items():
-            torch._foreach_copy_(shadow, shadows[repr(decay)])
-        if self.swa_sums:
-            torch._foreach_copy_(self.swa_sums, state["swa_sums"])  # type: ignore[arg-type]
-        self.swa_count = int(state["swa_count"])  # type: ignore[call-overload]
+            torch._foreach_copy_(shadow, state["shadows"][repr(decay)])
+        self.swa_count = state["swa_count"]
+        if self.swa_count:
+            torch._foreach_copy_(self.swa_sums, state["swa_sums"])
+        elif self.swa_sums:
+            torch._foreach_zero_(self.swa_sums)

@@ -1,7 +1,12 @@
 """The learning-rate schedule, and when what acts late begins. Pure."""
 
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import replace
+
 from trainer.errors import UsageError
-from trainer.specs.train import Late, TrainSpec
+from trainer.specs.task import Departure
+from trainer.specs.train import Averages, Late, TrainSpec
 
 
 def progress(spec: TrainSpec, step: int, elapsed_s: float) -> float:
@@ -46,6 +51,18 @@ def has_begun(late: Late, scale: float, share_done: float) -> bool:
     return share_done >= late.progress
 
 
+def has_departed(departure: Departure, spec: TrainSpec, step: int, elapsed_s: float) -> bool:
+    """Whether a training that leaves its trunk at `departure` no longer shares step `step` (from
+    0), `elapsed_s` into the run. `spec` is the trunk's: its iterations and its clock.
+    """
+    if departure.schedule is None:
+        assert departure.step is not None  # checked by the spec
+        return step >= departure.step
+    own = replace(spec, schedule=departure.schedule, averages=Averages(), qat=None)
+    scale, share_done = lr_scale(own, step, elapsed_s), progress(own, step, elapsed_s)
+    return scale < 1.0 or any(has_begun(late, scale, share_done) for late in departure.starts)
+
+
 def check_late_parts(spec: TrainSpec, average: str, where: str) -> None:
     """Raise UsageError for what would begin late but never comes: fake quantization, or the
     snapshots of the `average` that a final takes. By wall clock it shows only on the way.
@@ -54,20 +71,40 @@ def check_late_parts(spec: TrainSpec, average: str, where: str) -> None:
         return
     swa, qat = spec.averages.swa, spec.qat
     if average == "swa" and swa is not None:
-        snapshots = [s for s in _steps_from(spec, swa.start) if (s + 1) % swa.every == 0]
-        if not snapshots:
+        begins = start_step(spec, swa.start)
+        if first_snapshot(begins, swa.every) >= spec.iterations:
             raise UsageError(
                 f"{where}: train.averages.swa takes no snapshot in {spec.iterations} iterations; "
                 "lower swa.every or let swa.start come earlier"
             )
-    if qat is not None and qat.start is not None and not _steps_from(spec, qat.start):
+    if qat is None or qat.start is None:
+        return
+    if start_step(spec, qat.start) == spec.iterations:
         raise UsageError(
             f"{where}: train.qat.start never comes in {spec.iterations} iterations; let it come "
             "earlier or lengthen the warmdown"
         )
 
 
-def _steps_from(spec: TrainSpec, start: Late) -> list[int]:
-    """The steps, from 0, at which `start` has come."""
-    steps = range(spec.iterations)
-    return [s for s in steps if has_begun(start, lr_scale(spec, s, 0.0), progress(spec, s, 0.0))]
+def start_step(spec: TrainSpec, start: Late) -> int:
+    """Return the first step, from 0, at which `start` has come; `iterations` if it never does.
+
+    For a schedule by steps.
+    """
+    return first_step(spec, lambda scale, share_done: has_begun(start, scale, share_done))
+
+
+def first_step(spec: TrainSpec, test: Callable[[float, float], bool]) -> int:
+    """Return the first step, from 0, at whose lr scale and progress `test` holds; `iterations` if
+    there is none. For a schedule by steps, and a test that stays true once it is.
+    """
+
+    def holds(step: int) -> bool:
+        return test(lr_scale(spec, step, 0.0), progress(spec, step, 0.0))
+
+    return bisect_left(range(spec.iterations), True, key=holds)
+
+
+def first_snapshot(begins: int, every: int) -> int:
+    """Return the first step from `begins` on, from 0, after which SWA takes a snapshot."""
+    return begins + -(begins + 1) % every

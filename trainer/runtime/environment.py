@@ -20,6 +20,16 @@ MLFLOW_SERVER: dict[str, str] = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # saves eight processes and 1.6 GB
     "MLFLOW_ENABLE_AI_GATEWAY": "false",
 }
+# Source: Ray 2.60; Ray and Tune read these once, at import.
+RAY_DRIVER: dict[str, str] = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupt is ours to answer
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # its records are thrown away
+}
 
 
 def hand_down(variables: dict[str, str]) -> None:
@@ -31,3 +41,20 @@ def quiet_mlflow() -> None:
     """Prepare this process for `import mlflow`; a variable that is already set is kept."""
     for name, value in MLFLOW_CLIENT.items():
         os.environ.setdefault(name, value)
+
+
+def prepare_for_ray() -> None:
+    """Prepare this process for `import ray`; a variable that is already set is kept."""
+    for name, value in RAY_DRIVER.items():
+        os.environ.setdefault(name, value)
+    # An address that is given is the one meant; Ray would prefer these over it.
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        os.environ.pop(name, None)
+
+
+def visible_gpus() -> list[str] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES names by number or uuid, None where it is not set."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return None
+    return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]

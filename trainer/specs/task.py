@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-from trainer.specs.base import require_positive, spec
+from trainer.specs.base import require, require_positive, spec
 from trainer.specs.evaluate import EvaluateSpec
-from trainer.specs.final import FinalSpec, Gptq
+from trainer.specs.final import Bits, FinalSpec, Gptq, Quantize
 from trainer.specs.model import ModelSpec
 from trainer.specs.recipe import Observe, Recipe
-from trainer.specs.train import TrainSpec, ema_entry
+from trainer.specs.train import Late, Schedule, TrainSpec, ema_entry
 
 
 @spec
@@ -21,6 +21,30 @@ class TrainTask:
 
     def __post_init__(self) -> None:
         require_positive(parity_window=self.parity_window)
+
+
+@spec
+class Departure:
+    """Where a training leaves the trunk that it shares with others.
+
+    By steps: before step `step` (from 0). By wall clock: before the first step at which
+    `schedule` would lower the learning rate or one of `starts` has come, by the recorded clock.
+    """
+
+    step: int | None = None
+    schedule: Schedule | None = None
+    starts: tuple[Late, ...] = ()
+
+    def __post_init__(self) -> None:
+        require((self.step is None) != (self.schedule is None), "give either step or schedule")
+        require_positive(step=self.step)
+        require(
+            self.schedule is None or self.schedule.basis == "wallclock",
+            "schedule.basis=steps departs at a step: give that",
+        )
+        require(
+            self.step is None or not self.starts, f"starts beside step={self.step}: drop starts"
+        )
 
 
 @spec
@@ -73,6 +97,23 @@ def final_task(recipe: Recipe) -> FinalTask:
 def artifact_task(task: FinalTask) -> ArtifactTask:
     """The artifact that a final scores."""
     return ArtifactTask(entry=task.entry, final=task.final)
+
+
+def fit_task(task: FinalTask) -> FinalTask:
+    """What a fit to a byte cap follows from: a final without what is chosen for it, its clips and
+    bits. Points that differ in nothing else share their fit."""
+    own, plain = task.final.quantize, Quantize()
+    quantize = replace(
+        own,
+        bits=Bits(scalar=own.bits.scalar),
+        clip="sd12",  # by deviations, as a fit's own clips: gptq.row_importance asks for one
+        clips=plain.clips,
+        clip_scope=plain.clip_scope,
+        scale_floor=plain.scale_floor,
+        int8=None,
+        float_numel=0,
+    )
+    return replace(task, final=replace(task.final, quantize=quantize, trim_ones=None))
 
 
 def hessians_task(task: ArtifactTask) -> HessiansTask | None:

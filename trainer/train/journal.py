@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from trainer.errors import DataError
+from trainer.runtime.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -26,21 +27,13 @@ class Journal:
 
     def _repair(self, path: Path) -> None:
         """Learn what is written, and cut off a line that a crash tore."""
-        whole = 0
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-        for line in lines:
-            if not line.endswith(b"\n"):
-                break
-            whole += len(line)
-            try:
-                self._note(json.loads(line))
-            except (ValueError, TypeError, KeyError) as error:
-                raise DataError(
-                    f"{path}: {line[:40]!r} is no observation; remove the file and run again"
-                ) from error
+        whole = [line for line in lines if line.endswith(b"\n")]
+        for line in whole:
+            self._note(_point(line, path))
         if lines:
             with path.open("r+b") as file:
-                file.truncate(whole)
+                file.truncate(sum(map(len, whole)))
 
     def _note(self, point: dict[str, float]) -> None:
         for series in point:
@@ -48,12 +41,55 @@ class Journal:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append the values that are new for their series, and log them."""
-        fresh = {name: v for name, v in values.items() if step > self._last_step.get(name, -1)}
-        if not self._writes or not fresh:
+        fresh = self._append({"step": step, "at": round(time.time(), 3), **values})
+        if fresh:
+            shown = " ".join(f"{name}={value:.5g}" for name, value in fresh.items())
+            logger.info("step=%d %s", step, shown)
+
+    def take_over(self, path: Path) -> None:
+        """Append what the journal that a trunk left at `path` tells beyond this one.
+
+        DataError if it is missing or broken.
+        """
+        if not self._writes:
             return
-        point = {"step": step, "at": round(time.time(), 3), **fresh}
-        self._note(point)
+        for line in _lines(path):
+            self._append(_point(line, path))
+
+    def copy_until(self, step: int, path: Path) -> None:
+        """Write the lines of the first `step` steps to `path`."""
+        lines = [line for line in _lines(self._path) if _point(line, self._path)["step"] <= step]
+        write_text(path, b"".join(lines).decode())
+
+    def _append(self, point: dict[str, float]) -> dict[str, float]:
+        """Append a point's values that are new for their series, and return them."""
+        head = {name: point[name] for name in ("step", "at") if name in point}
+        fresh = {
+            name: value
+            for name, value in point.items()
+            if name not in head and point["step"] > self._last_step.get(name, -1)
+        }
+        if not self._writes or not fresh:
+            return {}
+        line = json.dumps(head | fresh, allow_nan=False)
+        self._note(head | fresh)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(point, allow_nan=False) + "\n")
-        shown = " ".join(f"{name}={value:.5g}" for name, value in fresh.items())
-        logger.info("step=%d %s", step, shown)
+            file.write(line + "\n")
+        return fresh
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; remove {path.parent} and run again") from error
+
+
+def _point(line: bytes, path: Path) -> dict[str, float]:
+    try:
+        point = json.loads(line)
+        return point | {"step": int(point["step"])}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{path}: {line[:40]!r} is no observation; remove the file and run again"
+        ) from error

@@ -90,13 +90,15 @@ class StepRunner:
             self.state.averages.update(step + 1, 1.0, 0.0)
         self.state.restore(before)
 
+    def read_clock(self) -> None:
+        """Agree on the time after a step, if it decides anything."""
+        if self.spec.max_clock_s is not None:
+            self.elapsed_s = self.ranks.max(self.state.clock.elapsed_s("train"))
+
+    @property
     def is_out_of_time(self) -> bool:
-        """Whether any rank's clock has reached the cap: all ranks stop after the same step."""
-        cap_s = self.spec.max_clock_s
-        if cap_s is None:
-            return False
-        self.elapsed_s = self.ranks.max(self.state.clock.elapsed_s("train"))
-        return self.elapsed_s >= cap_s
+        """Whether the slowest clock has reached the cap: all ranks stop after the same step."""
+        return self.spec.max_clock_s is not None and self.elapsed_s >= self.spec.max_clock_s
 
     def gang_mean(self, loss: torch.Tensor) -> float:
         """Average a rank's loss over the gang."""
