@@ -1,35 +1,16 @@
-"""What the planning verbs show: sweeps on disk, recipes, a plan in numbers. No torch, no Ray."""
+"""What the planning verbs show: recipes, a plan in numbers. No torch, no Ray."""
 
 from typing import Any
 
-from service.paths import Paths, SweepPaths
+from service.paths import Paths
 from service.plan import Plan, describe_recipe
 from service.sweep import Sweep
-from trainer.codec import parse, suggest
+from trainer.codec import parse
 from trainer.data.prepare import EMBEDDED_NAME, prepare_embedded
 from trainer.data.shards import Dataset, load_dataset
 from trainer.errors import UsageError
 from trainer.specs.recipe import DataSpec, Recipe
 from tune_spaces.catalogue import card, describe, load_recipe, names
-
-
-def find_sweep(paths: Paths, ref: str | None) -> SweepPaths:
-    """Find a sweep by id, a unique start of it, or its name; the newest without a reference."""
-    ledgers = sorted(paths.sweeps.glob("*/events.jsonl"), key=lambda path: path.stat().st_mtime)
-    found = [path.parent.name for path in ledgers]
-    if not found:
-        raise UsageError(f"{paths.sweeps}: no sweep has run here; start one with `fairway run`")
-    if ref is None:
-        return paths.sweep(found[-1])
-    matching = [sweep for sweep in found if sweep.startswith(ref)]
-    if ref in matching:
-        return paths.sweep(ref)
-    named = [sweep for sweep in found if sweep.rpartition("-")[0] == ref]
-    if named or len(matching) == 1:
-        return paths.sweep((named or matching)[-1])  # the newest of that name
-    if matching:
-        raise UsageError(f"{ref!r} fits {len(matching)} sweeps: {', '.join(matching)}")
-    raise UsageError(f"no sweep {ref!r} under {paths.sweeps}{suggest(ref, found)}")
 
 
 def data_of(paths: Paths, data: DataSpec) -> Dataset:
@@ -57,8 +38,9 @@ def plan_document(sweep: Sweep, plan: Plan) -> dict[str, Any]:
     return {
         "sweep_id": plan.sweep_id,
         "recipe": sweep.spec.recipe,
-        "trainings": len(plan.trainings),
-        "finals": len(plan.finals),
+        "trunks": len(plan.trunks),
+        "trainings": plan.num_trainings,
+        "finals": plan.num_finals,
         "gang": f"{sweep.spec.resources.workers} workers",
         **plan.forecast,
         "cap_bytes": sweep.cap_bytes,

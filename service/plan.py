@@ -1,50 +1,58 @@
-"""What a sweep would run, with ids, costs and forecast sizes. Pure: no GPU, no Ray, no torch.
+"""What a sweep would run, with ids, costs and forecast sizes. Pure: no GPU, no Ray, no torch."""
 
-A stage's id is the sha256 of everything that can change its bytes, and of nothing else: never
-a path, a name or a resource that only says where it runs.
-"""
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
-
-from service.sweep import Resources, Sweep
-from trainer.codec import dump, fingerprint
-from trainer.data.shards import Dataset
-from trainer.errors import UsageError
-from trainer.finalize.code import code_digest
-from trainer.optim.schedule import check_late_parts
-from trainer.protocol import SPEC_VERSION
-from trainer.sizes import (
-    flops_per_token,
-    forecast_interval,
-    forecast_weights_bytes,
-    num_params,
+from service.forecast import forecast_cost, forecast_sizes
+from service.identity import (
+    Inputs,
+    artifact_id,
+    device_of,
+    final_id,
+    fit_digest,
+    fit_id,
+    hessians_id,
+    rank_id,
+    state_id,
+    sweep_id,
+    training_id,
 )
+from service.specs import Resources
+from service.sweep import Sweep
+from service.tree import Trunk, grow_tree
+from trainer.codec import fingerprint, with_values
+from trainer.errors import UsageError
+from trainer.optim.schedule import check_late_parts
+from trainer.sizes import forecast_weights_bytes, num_params
 from trainer.specs.recipe import Recipe
 from trainer.specs.task import (
-    ArtifactTask,
     FinalTask,
-    HessiansTask,
     TrainTask,
     artifact_task,
     final_task,
+    fit_task,
     hessians_task,
     train_task,
 )
 from tune_spaces.space import Point, grid, of_phase, sample
 
-ID_LENGTH = 20
 DECAY = "train.averages.ema_decay"
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """A training to run: its identity, the point and seed it stands for, its task."""
+    """A training to run: its identity, the point and seed it stands for, its task.
+
+    `branch` is the state of a trunk that it starts from; None where it runs from step 0.
+    """
 
     id: str
     point: Point
     seed: int
     task: TrainTask
+    branch: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,8 @@ class Final:
     training: str
     artifact: str
     hessians: str | None
+    rank: str
+    """The id of its score on held-out training shards."""
     point: Point
     seed: int
     task: FinalTask
@@ -66,66 +76,111 @@ class Plan:
     """Everything a sweep runs."""
 
     sweep_id: str
+    trunks: tuple[Trunk, ...]
+    """In an order in which each comes after the one it starts from."""
     trainings: tuple[Training, ...]
     finals: tuple[Final, ...]
     varying: tuple[str, ...]
     forecast: dict[str, Any]
+    num_trainings: int
+    """How many trainings and finals there will be, with those whose points are yet to be made."""
+    num_finals: int
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """What identity needs beyond the sweep: the data and the code that is counted."""
+def make_plan(
+    sweep: Sweep, inputs: Inputs, where: str, *, seconds_per_step: float | None = None
+) -> Plan:
+    """Expand a sweep into trunks, trainings and finals, each distinct one once.
 
-    data_digest: str
-    code_digest: str
-    vocab_size: int
-
-
-def inputs_of(dataset: Dataset) -> Inputs:
-    """The inputs of a sweep on this data, with the code as it is here."""
-    return Inputs(dataset.digest, code_digest(), dataset.vocab_size)
-
-
-def make_plan(sweep: Sweep, inputs: Inputs, where: str) -> Plan:
-    """Expand a sweep into trainings and finals, each distinct one once."""
-    trainings = _plan_trainings(sweep, inputs, where)
-    finals = tuple(
-        plan_final(sweep, inputs, training, point, where)
-        for training in trainings
-        for point in _final_points(sweep, where)
+    A TPE makes its points as it goes: of those there are none here, but one example is checked
+    and costed for all of them. `seconds_per_step`: what a step takes, where that is known.
+    """
+    search, seeds = sweep.spec.search, len(sweep.spec.seeds.search)
+    is_known = search.train.method != "tpe"
+    straight = _plan_trainings(sweep, inputs, where)
+    times = 1 if is_known else seeds * (search.train.num or 1)
+    tree = grow_tree(
+        {training.id: training.task for training in straight if is_known},
+        partial(state_id, inputs=inputs, resources=sweep.spec.resources),
     )
-    distinct = tuple({final.id: final for final in finals}.values())
+    trainings = tuple(
+        _branched(training, tree.branches.get(training.id), inputs, sweep.spec.resources)
+        for training in straight
+    )
+    dropped = _count_dropped(sweep, trainings, where)
+    finals = _plan_finals(sweep, inputs, trainings, where)
+    num_finals = len(finals)
+    if search.final.method == "tpe":
+        num_finals = len(trainings) * (search.final.per_bank or 1)
+    cost = forecast_cost(
+        [(training.task, training.branch) for training in trainings],
+        tree.trunks,
+        times=times,
+        workers=sweep.spec.resources.workers,
+        seconds_per_step=seconds_per_step,
+    )
+    models = {training.id: training.task.model for training in trainings}
+    sizes = forecast_sizes({(models[final.training], final.task.final) for final in finals})
+    is_made = is_known and search.final.method != "tpe"
     return Plan(
         sweep_id=sweep_id(sweep, inputs),
-        trainings=trainings,
-        finals=distinct,
+        trunks=tree.trunks,
+        trainings=trainings if is_known else (),
+        finals=finals if is_made else (),
         varying=tuple(sweep.spec.space),
-        forecast=_forecast(trainings, [final.task for final in distinct]),
+        forecast={**cost, **sizes, "dropped_points": dropped},
+        num_trainings=len(trainings) * times,
+        num_finals=num_finals * times,
     )
 
 
 def _plan_trainings(sweep: Sweep, inputs: Inputs, where: str) -> tuple[Training, ...]:
-    axes, search = of_phase(sweep.spec.space, "train"), sweep.spec.search.train
-    if search.method == "grid":
-        points = grid(axes, where)
-    else:
-        points = sample(axes, search.num or 1, search.seed, f"{where}: search.train.num")
-    decays = _banked_decays(sweep, where)
+    """Every training, run from step 0; an example of those that a TPE is to make."""
+    seeds = sweep.spec.seeds.search
+    if sweep.spec.search.train.method == "tpe":
+        seeds = seeds[:1]
     trainings: dict[str, Training] = {}
-    for point in points:
-        for seed in sweep.spec.seeds.search:
-            recipe = sweep.recipe_at(point, seed, f"{where}: point {_words(point)}")
-            task = _with_bank(train_task(recipe), decays)
-            _check_training(recipe, sweep, inputs, f"{where}: point {_words(point)}")
-            key = training_id(task, inputs, sweep)
-            trainings.setdefault(key, Training(key, point, seed, task))
+    for point in _train_points(sweep, where).kept:
+        for seed in seeds:
+            training = plan_training(sweep, inputs, point, seed, where)
+            trainings.setdefault(training.id, training)
     return tuple(trainings.values())
 
 
-def _banked_decays(sweep: Sweep, where: str) -> tuple[float, ...]:
-    """Every EMA decay that a final of the sweep asks a bank for."""
-    points = _final_points(sweep, where)
-    return tuple({float(p[DECAY]) for p in points if DECAY in p})
+def plan_training(sweep: Sweep, inputs: Inputs, point: Point, seed: int, where: str) -> Training:
+    """The training of one point and seed, from step 0."""
+    at = f"{where}: point {_words(point)}"
+    recipe = sweep.recipe_at(point, seed, at)
+    _check_training(recipe, sweep, inputs, at)
+    task = _with_bank(train_task(recipe), _banked_decays(sweep, where, point))
+    return Training(training_id(task, inputs, sweep.spec.resources), point, seed, task)
+
+
+def _branched(
+    training: Training, branch: str | None, inputs: Inputs, resources: Resources
+) -> Training:
+    """The training as it starts from a state. Its id says so where its bits may differ: on a CPU
+    a schedule by steps ends in the same bank either way."""
+    if branch is None:
+        return training
+    train = training.task.train
+    is_same = not resources.gpus_per_worker and not train.compile
+    if is_same and train.schedule.basis == "steps":
+        return replace(training, branch=branch)
+    own = training_id(training.task, inputs, resources, branch=branch)
+    return replace(training, id=own, branch=branch)
+
+
+def _plan_finals(
+    sweep: Sweep, inputs: Inputs, trainings: tuple[Training, ...], where: str
+) -> tuple[Final, ...]:
+    """Every final; one example for each training where a TPE is to make them."""
+    finals = [
+        plan_final(sweep, inputs, training, point, where)
+        for training in trainings
+        for point in final_points(sweep, where, training.point)
+    ]
+    return tuple({final.id: final for final in finals}.values())
 
 
 def _check_training(recipe: Recipe, sweep: Sweep, inputs: Inputs, where: str) -> None:
@@ -152,11 +207,72 @@ def _with_bank(task: TrainTask, decays: tuple[float, ...]) -> TrainTask:
     return replace(task, train=replace(task.train, averages=averages))
 
 
-def _final_points(sweep: Sweep, where: str) -> list[Point]:
-    axes, search = of_phase(sweep.spec.space, "bank", "final", "eval"), sweep.spec.search.final
+def _banked_decays(sweep: Sweep, where: str, point: Point) -> tuple[float, ...]:
+    """Every EMA decay that a final of a training asks a bank for."""
+    axis = sweep.spec.space.get(DECAY)
+    if axis is None:
+        return ()
+    if sweep.spec.search.final.method != "tpe":
+        return tuple({float(p[DECAY]) for p in final_points(sweep, where, point) if DECAY in p})
+    if axis.values is None:
+        raise UsageError(
+            f"{where}: space.{DECAY}: a training keeps every decay that a final may ask for; list "
+            "values for a search by tpe"
+        )
+    return tuple(float(value) for value in axis.values)
+
+
+class _Points(NamedTuple):
+    kept: list[Point]
+    num_dropped: int
+
+
+def _train_points(sweep: Sweep, where: str) -> _Points:
+    search, axes = sweep.spec.search.train, of_phase(sweep.spec.space, "train")
     if search.method == "grid":
-        return grid(axes, where)
-    return sample(axes, search.per_bank or 1, search.seed, f"{where}: search.final.per_bank")
+        return _kept(grid(axes, sweep.recipe, where), sweep.accepts)
+    at, num = f"{where}: search.train.num", search.num or 1
+    points = sample(axes, sweep.recipe, num, search.seed, at, sweep.accepts)
+    return _Points(points if search.method == "random" else points[:1], 0)
+
+
+def final_points(sweep: Sweep, where: str, bank: Point) -> list[Point]:
+    """The points of the final search on the bank of a training's point; one example for a TPE."""
+    return _final_points(sweep, where, bank).kept
+
+
+def _final_points(sweep: Sweep, where: str, bank: Point) -> _Points:
+    search = sweep.spec.search.final
+    axes = of_phase(sweep.spec.space, "bank", "final", "eval")
+    recipe = with_values(sweep.recipe, bank.items())
+
+    def accepts(point: Point) -> bool:
+        return sweep.accepts({**bank, **point})
+
+    if search.method == "grid":
+        return _kept(grid(axes, recipe, where), accepts)
+    at, num = f"{where}: search.final.per_bank", search.per_bank or 1
+    points = sample(axes, recipe, num, search.seed, at, accepts)
+    return _Points(points if search.method == "random" else points[:1], 0)
+
+
+def _kept(points: list[Point], accepts: Callable[[Point], bool]) -> _Points:
+    kept = [point for point in points if accepts(point)]
+    return _Points(kept, len(points) - len(kept))
+
+
+def _count_dropped(sweep: Sweep, trainings: tuple[Training, ...], where: str) -> dict[str, int]:
+    """How many points of a grid `where` drops; UsageError if that leaves none."""
+    if not sweep.spec.where:
+        return {"train": 0, "final": 0}
+    banks = {fingerprint(training.point): training.point for training in trainings}
+    finals = [_final_points(sweep, where, bank) for bank in banks.values()]
+    if not any(points.kept for points in finals):
+        raise UsageError(f"{where}: where drops every point of the space; allow some")
+    return {
+        "train": _train_points(sweep, where).num_dropped,
+        "final": sum(points.num_dropped for points in finals),
+    }
 
 
 def plan_final(sweep: Sweep, inputs: Inputs, training: Training, point: Point, where: str) -> Final:
@@ -166,96 +282,26 @@ def plan_final(sweep: Sweep, inputs: Inputs, training: Training, point: Point, w
     task = final_task(recipe)
     made = artifact_task(task)
     hessians = hessians_task(made)
-    device = _device(sweep.spec.resources)
+    device = device_of(sweep.spec.resources)
     return Final(
         id=final_id(task, training.id, inputs, device),
         training=training.id,
         artifact=artifact_id(made, training.id, inputs, device),
         hessians=hessians and hessians_id(hessians, training.id, inputs, device),
+        rank=rank_id(task, training.id, inputs, device),
         point=full,
         seed=training.seed,
         task=task,
     )
 
 
-def sweep_id(sweep: Sweep, inputs: Inputs) -> str:
-    """A sweep's name and what it asks for: the same file on the same data and code is the same."""
-    asked = {"spec": dump(sweep.spec), "recipe": sweep.recipe, **asdict(inputs)}
-    return f"{sweep.spec.name}-{fingerprint(asked)[:10]}"
-
-
-def training_id(task: TrainTask, inputs: Inputs, sweep: Sweep) -> str:
-    """Identity of a training. World size and device set the order of sums, so they count."""
-    resources = sweep.spec.resources
-    described = dump(task)
-    described.pop("observe")  # what is written down on the way changes no weight
-    return _id(
-        "training",
-        task=described,
-        data=inputs.data_digest,
-        world_size=resources.workers,
-        attention="sdpa",
-        **_device(resources),
-    )
-
-
-def _device(resources: Resources) -> dict[str, Any]:
-    """What sets the order of sums on one worker."""
-    if resources.gpus_per_worker:
-        return {"device": "cuda"}
-    return {"device": "cpu", "threads": resources.cpus_per_worker}
-
-
-def final_id(task: FinalTask, training: str, inputs: Inputs, device: dict[str, Any]) -> str:
-    """Identity of a final. The code is part of the artifact, so its digest counts."""
-    return _id("final", task=dump(task), training=training, code=inputs.code_digest, **device)
-
-
-def artifact_id(task: ArtifactTask, training: str, inputs: Inputs, device: dict[str, Any]) -> str:
-    """Identity of an artifact, its code included."""
-    return _id("artifact", task=dump(task), training=training, code=inputs.code_digest, **device)
-
-
-def hessians_id(task: HessiansTask, training: str, inputs: Inputs, device: dict[str, Any]) -> str:
-    """Identity of a bank entry's Hessians. The forward that they come from is code, too."""
-    return _id("hessians", task=dump(task), training=training, code=inputs.code_digest, **device)
-
-
-def parity_id(training: str) -> str:
-    """Identity of a bank's parity check."""
-    return _id("parity", training=training)
-
-
-def _id(kind: str, **facts: Any) -> str:
-    return fingerprint({"kind": kind, "spec_version": SPEC_VERSION, **facts})[:ID_LENGTH]
-
-
-def _forecast(trainings: tuple[Training, ...], finals: list[FinalTask]) -> dict[str, Any]:
-    """Steps, tokens, FLOPs, and the span of forecast weights bytes, alone and with their
-    intervals."""
-    steps = sum(training.task.train.iterations for training in trainings)
-    tokens = sum(t.task.train.iterations * t.task.train.batch_tokens for t in trainings)
-    flops = sum(
-        3
-        * flops_per_token(t.task.model, t.task.train.seq_len)
-        * t.task.train.iterations
-        * t.task.train.batch_tokens
-        for t in trainings
-    )
-    models = {t.task.model for t in trainings}
-    weights = [forecast_interval(model, task.final) for model in models for task in finals]
-    return {
-        "steps": steps,
-        "tokens": tokens,
-        "train_flops": flops,
-        "num_params": sorted({num_params(model) for model in models}),
-        "weights_bytes": [min(f.point for f in weights), max(f.point for f in weights)]
-        if weights
-        else None,
-        "weights_bytes_interval": [min(f.low for f in weights), max(f.high for f in weights)]
-        if weights
-        else None,
-    }
+def fitted_final(final: Final, sweep: Sweep, inputs: Inputs) -> Final:
+    """The final of the same point whose clips and bits are chosen so that it fits the sweep's cap.
+    Points that differ only in what is chosen have the same one."""
+    assert sweep.cap_bytes is not None  # or nothing would be over it
+    task, device = fit_task(final.task), device_of(sweep.spec.resources)
+    own = fit_id(task, sweep.cap_bytes, fit_digest(), final.training, inputs, device)
+    return replace(final, id=own)
 
 
 def _words(point: Point) -> str:

@@ -25,6 +25,8 @@ class Axis:
     max: float | None = None
     scale: Literal["linear", "log"] = "linear"
     num: int | None = None
+    when: str | None = None
+    """An expression over the recipe's paths; where it does not hold, a point has no such knob."""
 
     def __post_init__(self) -> None:
         is_range = self.min is not None or self.max is not None
@@ -44,45 +46,51 @@ class Axis:
         require(self.scale == "linear" or self.min > 0, f"a log scale needs min={self.min} above 0")
         require(self.num is None or self.num >= 2, f"num={self.num} must be at least 2")
 
-    def extremes(self) -> tuple[Value, ...]:
+    def extremes(self, *, is_integer: bool = False) -> tuple[Value, ...]:
         """The values that a spec must accept for all of the axis to be acceptable."""
-        if self.values is not None:
-            return self.values
+        return self.values if self.values is not None else self.ends(is_integer=is_integer)
+
+    def ends(self, *, is_integer: bool = False) -> tuple[Value, Value]:
+        """The least and the greatest value of a range, whole ones for an integer knob."""
         assert self.min is not None
         assert self.max is not None
-        return (self.min, self.max)
+        return (math.ceil(self.min), math.floor(self.max)) if is_integer else (self.min, self.max)
 
-    def grid(self) -> tuple[Value, ...]:
+    def grid(self, *, is_integer: bool = False) -> tuple[Value, ...]:
         """The points of a grid; ValueError for a range without `num`."""
         if self.values is not None:
             return self.values
         if self.num is None:
             raise ValueError("a grid over a range needs num, or list values")
-        low, high = self._ends()
-        points = np.linspace(low, high, self.num)
-        return tuple(self._back(float(point)) for point in points)
+        points = np.linspace(*self._span(0.0), self.num)
+        values = (self._back(float(point), is_integer=is_integer) for point in points)
+        return tuple(dict.fromkeys(values))
 
-    def draw(self, generator: np.random.Generator) -> Value:
+    def draw(self, generator: np.random.Generator, *, is_integer: bool = False) -> Value:
         """One random value: uniform over values, or over the range on its scale."""
         if self.values is not None:
             return self.values[int(generator.integers(len(self.values)))]
-        low, high = self._ends()
-        return self._back(float(generator.uniform(low, high)))
+        # Half a step beyond each end, or the ends would come half as often as the rest.
+        low, high = self._span(0.5 if is_integer else 0.0)
+        return self._back(float(generator.uniform(low, high)), is_integer=is_integer)
 
-    def num_values(self) -> int | None:
-        """How many values there are; None for a range, which has no end of them."""
-        return None if self.values is None else len(self.values)
+    def num_values(self, *, is_integer: bool = False) -> int | None:
+        """How many values there are; None for a range that has no end of them."""
+        if self.values is not None:
+            return len(self.values)
+        low, high = self.ends(is_integer=is_integer)
+        return int(high) - int(low) + 1 if is_integer else None
 
-    def _ends(self) -> tuple[float, float]:
-        assert self.min is not None
-        assert self.max is not None
-        if self.scale == "log":
-            return math.log(self.min), math.log(self.max)
-        return self.min, self.max
+    def _span(self, beyond: float) -> tuple[float, float]:
+        """The range on its scale, `beyond` wider on each side."""
+        low, high = self.ends(is_integer=beyond > 0.0)
+        low, high = float(low) - beyond, float(high) + beyond
+        return (math.log(low), math.log(high)) if self.scale == "log" else (low, high)
 
-    def _back(self, point: float) -> float:
-        assert self.min is not None
-        assert self.max is not None
+    def _back(self, point: float, *, is_integer: bool) -> Value:
+        low, high = self.ends(is_integer=is_integer)
         value = math.exp(point) if self.scale == "log" else point
+        if is_integer:
+            return min(max(round(value), int(low)), int(high))
         # Six significant digits read well in tables and names, and lose nothing that matters.
-        return min(max(float(f"{value:.6g}"), self.min), self.max)
+        return min(max(float(f"{value:.6g}"), float(low)), float(high))

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from service.catalogue_view import find_sweep, recipe_rows
+from service.catalogue_view import recipe_rows
 from service.ledger import Ledger
-from service.paths import Paths
+from service.paths import Paths, find_sweep
 from trainer.errors import UsageError
 from tune_spaces import catalogue
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from service.plan import Inputs, Plan, make_plan
+from service.identity import Inputs, fit_id, rank_id
+from service.plan import Plan, make_plan, plan_training
 from service.sweep import load_sweep
 from trainer.errors import UsageError
 
@@ -167,10 +168,170 @@ def test_points_that_mean_the_same_are_run_once(plan):
 def test_the_forecast_counts_steps_tokens_and_parameters(plan):
     made = plan("train.iterations=30", "train.batch_tokens=1024")
 
-    assert made.forecast["steps"] == 60
-    assert made.forecast["tokens"] == 60 * 1024
+    assert made.forecast["steps_straight"] == 60
+    assert made.forecast["steps"] == 20 + 10 + 20  # flat until the longer warmdown begins
+    assert made.forecast["saving"] == pytest.approx(1 / 6, abs=1e-6)
+    assert made.forecast["tokens"] == 50 * 1024
     (least, most), (low, high) = (
         made.forecast[name] for name in ("weights_bytes", "weights_bytes_interval")
     )
     assert low < least <= most < high
     assert made.forecast["num_params"] == [592_144]
+
+
+HEADLINE = {
+    "train.schedule.warmdown_iters": {"values": [6, 12, 18, 24]},  # 5, 10, 15, 20 % of 120
+    "train.averages.ema_decay": {"values": [0.9, 0.95, 0.97, 0.99]},
+    "final.quantize.clip": {"values": ["none", "p3", "p5", "p9", "sd12"]},
+    "final.prune.ratio": {"values": [0.0, 0.05, 0.1, 0.15]},
+}
+
+
+def test_320_finals_come_from_one_trunk_and_four_tails(plan):
+    made = plan(space=HEADLINE)
+
+    (trunk,) = made.trunks
+    assert [state.departure.step for state in trunk.states] == [96, 102, 108, 114]
+    assert [training.branch for training in made.trainings] == [
+        state.id for state in reversed(trunk.states)
+    ]
+    assert (made.num_trainings, made.num_finals) == (4, 320)
+    assert made.forecast["steps"] == 1.45 * 120
+    assert made.forecast["steps"] <= 0.37 * 4 * 120
+    assert made.forecast["steps"] <= 0.005 * 320 * 120
+
+
+def test_a_known_pace_turns_steps_into_worker_seconds(plan, tmp_path):
+    plan("resources.workers=2", space=HEADLINE)
+    sweep = load_sweep(tmp_path / "sweep.yaml", ["resources.workers=2"])
+
+    cost = make_plan(sweep, INPUTS, "s", seconds_per_step=0.5).forecast
+
+    assert cost["worker_seconds"] == 174 * 0.5 * 2
+    assert cost["worker_seconds_straight"] == 480 * 0.5 * 2
+
+
+def test_a_clock_that_ends_trainings_early_ends_what_is_counted(plan, tmp_path):
+    plan()
+    sweep = load_sweep(tmp_path / "sweep.yaml", ["train.max_clock_s=30"])
+
+    cost = make_plan(sweep, INPUTS, "s", seconds_per_step=0.5).forecast
+
+    assert cost["steps_straight"] == 2 * 60
+    assert 60 <= cost["steps"] <= 2 * 60
+
+
+def test_a_trunk_serves_the_trainings_of_one_seed(plan):
+    made = plan("seeds.search=[1, 2]")
+
+    assert len(made.trunks) == 2
+    assert {trunk.task.train.seed for trunk in made.trunks} == {1, 2}
+
+
+def straight_ids(plan, tmp_path, *assignments):
+    made = plan(*assignments)
+    sweep = load_sweep(tmp_path / "sweep.yaml", assignments)
+    again = [plan_training(sweep, INPUTS, t.point, t.seed, "s") for t in made.trainings]
+    assert all(training.branch is None for training in again)
+    assert all(training.branch is not None for training in made.trainings)
+    return {t.id for t in made.trainings}, {t.id for t in again}
+
+
+def test_on_a_cpu_a_branched_training_is_the_straight_one(plan, tmp_path):
+    branched, straight = straight_ids(plan, tmp_path)
+
+    assert branched == straight
+
+
+@pytest.mark.parametrize(
+    "assignments",
+    [
+        ("resources.gpus_per_worker=1",),
+        ("train.compile=true",),
+        ("train.schedule.basis=wallclock", "train.max_clock_s=60"),
+    ],
+)
+def test_where_bits_may_differ_a_branched_training_is_another(plan, tmp_path, assignments):
+    branched, straight = straight_ids(plan, tmp_path, *assignments)
+
+    assert branched.isdisjoint(straight)
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "budget={gpu_hours: 3}",
+        "limits.infra_retries=5",
+        "resources.start_timeout_s=9",
+        "resources.gang=fresh",
+        "require={free_disk_gb: 1.0}",
+    ],
+)
+def test_a_sweep_with_more_to_spend_is_the_same_sweep(plan, assignment):
+    assert plan(assignment).sweep_id == plan().sweep_id
+
+
+@pytest.mark.parametrize(
+    "assignment", ["train.seq_len=128", "seeds.search=[5]", "resources.workers=2", "clocks=own"]
+)
+def test_a_sweep_that_asks_for_something_else_is_another_sweep(plan, assignment):
+    assert plan(assignment).sweep_id != plan().sweep_id
+
+
+def test_ranks_and_fits_have_ids_of_their_own(plan):
+    final = plan().finals[0]
+    device = {"device": "cpu", "threads": 1}
+
+    rank = rank_id(final.task, final.training, INPUTS, device)
+    fits = {
+        fit_id(final.task, cap, search, final.training, INPUTS, device)
+        for cap in (400_000, 500_000)
+        for search in ("one", "other")
+    }
+
+    assert rank == final.rank
+    assert len({rank, final.id, final.artifact, *fits}) == 7
+
+
+TPE = {"method": "tpe"}
+
+
+def test_a_tpe_of_finals_has_trainings_but_no_finals_yet(plan):
+    made = plan(search={"final": {**TPE, "per_bank": 5}})
+
+    assert (made.num_trainings, made.num_finals) == (2, 10)
+    assert len(made.trainings) == 2
+    assert len(made.trunks) == 1
+    assert made.finals == ()
+    # Any of the decays may be asked for.
+    assert made.trainings[0].task.train.averages.decays() == (0.9, 0.95, 0.99)
+
+
+def test_a_tpe_of_trainings_has_nothing_yet_but_its_cost(plan):
+    made = plan("seeds.search=[1, 2]", search={"train": {**TPE, "num": 2}})
+
+    assert (made.num_trainings, made.num_finals) == (4, 24)
+    assert (made.trainings, made.finals, made.trunks) == ((), (), ())
+    assert made.forecast["steps"] == made.forecast["steps_straight"] == 4 * 120
+
+
+@pytest.mark.parametrize(
+    ("search", "changes", "words"),
+    [
+        ({"train": {**TPE, "num": 3}}, {}, "3 points are asked for, but the space has 2"),
+        ({"final": {**TPE, "per_bank": 7}}, {}, "7 points are asked for, but the space has 6"),
+        (
+            {"final": {**TPE, "per_bank": 7}},
+            {"space": {"train.averages.ema_decay": {"min": 0.9, "max": 0.99}}},
+            "list values for a search by tpe",
+        ),
+        (
+            {"train": {**TPE, "num": 2}},
+            {"resources": {"workers": 3}},
+            "resources.workers=3 do not share evenly",
+        ),
+    ],
+)
+def test_what_a_tpe_could_never_run_is_refused_by_the_plan(plan, search, changes, words):
+    with pytest.raises(UsageError, match=words):
+        plan(search=search, **changes)

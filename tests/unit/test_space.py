@@ -77,6 +77,16 @@ def test_a_log_range_draws_each_decade_alike():
     assert 900 < low < 1100
 
 
+def test_a_whole_range_draws_its_ends_as_often_as_the_rest():
+    generator = np.random.default_rng(0)
+    axis = Axis(min=1, max=4)
+
+    drawn = [axis.draw(generator, is_integer=True) for _ in range(4000)]
+
+    assert all(900 < drawn.count(value) < 1100 for value in (1, 2, 3, 4))
+    assert {type(value) for value in drawn} == {int}
+
+
 @pytest.mark.parametrize(
     ("path", "phase"),
     [
@@ -99,7 +109,7 @@ def test_axes_of_a_phase_keep_their_order():
 
 
 def test_a_grid_is_every_combination_with_the_last_axis_fastest():
-    points = grid(AXES, "s")
+    points = grid(AXES, {}, "s")
 
     assert len(points) == num_points(AXES) == 12
     assert points[0] == {WARMDOWN: 2, DECAY: 0.5, CLIP: "none"}
@@ -109,7 +119,7 @@ def test_a_grid_is_every_combination_with_the_last_axis_fastest():
 
 
 def test_a_space_without_axes_has_one_point():
-    assert grid({}, "s") == [{}]
+    assert grid({}, {}, "s") == [{}]
     assert num_points({}) == 1
 
 
@@ -118,32 +128,32 @@ def test_a_range_has_no_number_of_points_and_no_grid_without_num():
 
     assert num_points(axes) is None
     with pytest.raises(UsageError, match=r"^s: space\.final\.prune\.ratio: a grid over a range"):
-        grid(axes, "s")
+        grid(axes, {}, "s")
 
 
 def test_a_sample_is_repeated_by_its_seed_and_has_no_repeats():
-    first, again, other = (sample(AXES, 9, seed, "s") for seed in (1, 1, 2))
+    first, again, other = (sample(AXES, {}, 9, seed, "s") for seed in (1, 1, 2))
 
     assert first == again != other
     assert len({tuple(point.values()) for point in first}) == 9
 
 
 def test_all_points_of_a_space_can_be_sampled():
-    points = sample(AXES, 12, 0, "s")
+    points = sample(AXES, {}, 12, 0, "s")
 
-    assert sorted(map(str, points)) == sorted(map(str, grid(AXES, "s")))
+    assert sorted(map(str, points)) == sorted(map(str, grid(AXES, {}, "s")))
 
 
 def test_more_points_than_exist_are_refused():
     with pytest.raises(UsageError, match=r"^s: 13 points are asked for, but the space has 12"):
-        sample(AXES, 13, 0, "s")
+        sample(AXES, {}, 13, 0, "s")
 
 
 def test_more_points_than_a_narrow_range_tells_apart_are_refused():
     narrow = {"final.prune.ratio": Axis(min=0.5, max=0.5000001)}
 
     with pytest.raises(UsageError, match=r"^s: 5 points .* gave only 1 different ones"):
-        sample(narrow, 5, 0, "s")
+        sample(narrow, {}, 5, 0, "s")
 
 
 def test_a_space_that_fits_its_recipe_is_accepted():

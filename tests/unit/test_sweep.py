@@ -69,6 +69,38 @@ def test_underscores_are_accepted_in_a_byte_cap(sweep_file):
         ({"seeds": {"search": []}}, ["search is empty"]),
         ({"seeds": {"search": [-1]}}, ["seed below 0"]),
         ({"search": {"final": {"seed": -1}}}, ["seed=-1"]),
+        ({"search": {"train": {"method": "tpe"}}}, ["num goes with random and tpe"]),
+        ({"search": {"train": {"stop": {"kind": "asha", "first_step": 0}}}}, ["first_step=0"]),
+        (
+            {"search": {"train": {"stop": {"kind": "asha", "first_step": 9, "reduction": 1}}}},
+            ["reduction=1", "at least 2"],
+        ),
+        (
+            {
+                "search": {
+                    "train": {"stop": {"kind": "reference", "training": "x", "margin_bpb": -1}}
+                }
+            },
+            ["margin_bpb=-1"],
+        ),
+        ({"search": {"final": {"rank_on": "holdout"}}}, ["top goes with rank_on: holdout"]),
+        ({"search": {"confirm": {"top": 0}}}, ["top=0"]),
+        ({"seeds": {"confirm": [3, 3]}}, ["confirm has a repeat"]),
+        ({"gate": {"baseline": "pr414"}}, ["list seeds.confirm"]),
+        (
+            {
+                "seeds": {"confirm": [3]},
+                "gate": {"baseline": "b", "mode": "frontier", "alpha": 0.5},
+            },
+            ["mode=frontier", "go with strict"],
+        ),
+        ({"budget": {}}, ["give gpu_hours, usd or deadline_hours"]),
+        ({"budget": {"usd": 5}}, ["usd=5", "needs usd_per_gpu_hour"]),
+        ({"budget": {"gpu_hours": 0}}, ["gpu_hours=0"]),
+        ({"limits": {"max_failed": 0}}, ["max_failed=0"]),
+        ({"require": {"free_disk_gb": -1}}, ["free_disk_gb=-1"]),
+        ({"require": {"attention": "flsh"}}, ["require.attention"]),
+        ({"resources": {"gang": "hot"}}, ["resources.gang"]),
         ({"version": 2}, ["version"]),
     ],
 )
