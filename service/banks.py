@@ -3,17 +3,19 @@
 Owns how BANK, --entry, --recipe and -S are understood, and which text may be read to choose by.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from service.catalogue_view import data_of
+from service.identity import hessians_id, inputs_of
 from service.paths import Paths
 from service.scored_text import read_tokens
+from service.store import Store
+from trainer.artifacts import collect, load_training
+from trainer.choosing import probe_stream
 from trainer.codec import (
     dump,
     parse,
@@ -23,27 +25,20 @@ from trainer.codec import (
 )
 from trainer.data.shards import Dataset, TokenStream, load_dataset
 from trainer.errors import DataError, UsageError
-from trainer.evaluate.sliding import slide
-from trainer.evaluate.tape import Tape
 from trainer.finalize.calibration import generated_batches, training_batches
-from trainer.finalize.hessians import collect_hessians
-from trainer.finalize.plans import Probe
+from trainer.finalize.hessians import collect_hessians, load_hessians
 from trainer.importer.folder import is_imported_bank, load_bank
 from trainer.model.build import build, load_state
 from trainer.model.gpt import GPT
 from trainer.protocol import UNKNOWN_TOKENIZER
-from trainer.run import load_training
-from trainer.runtime.distributed import current
+from trainer.runtime.distributed import Ranks, current
 from trainer.runtime.files import read_json, sha256_file
 from trainer.runtime.tensors import load_tensors, saved_names
-from trainer.specs.evaluate import EvaluateSpec
 from trainer.specs.final import FinalSpec
 from trainer.specs.model import ModelSpec
 from trainer.specs.recipe import DataSpec, Recipe
-from trainer.specs.task import final_task
+from trainer.specs.task import ArtifactTask, final_task, hessians_task
 from tune_spaces.catalogue import load_recipe
-
-PROBE_TOKENS: Final = 8_192
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +57,10 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bank:
-    """An entry of a bank with the settings of its final. `dataset` is what it was trained on."""
+    """An entry of a bank with the settings of its final. `dataset` is what it was trained on.
+
+    `shares_stages`: it is a training of the store, in the dtype that is asked for.
+    """
 
     where: str
     file: Path
@@ -74,6 +72,7 @@ class Bank:
     tokenizer_sha256: str
     dataset: Dataset | None
     dtype: str
+    shares_stages: bool = False
 
     def built(self) -> GPT:
         """The model on this machine's device, without what only training uses."""
@@ -166,6 +165,8 @@ def _trained(paths: Paths, folder: Path, recipe: Recipe | None, wanted: Wanted) 
         tokenizer_sha256=sha256_file(dataset.tokenizer_path),
         dataset=dataset,
         dtype=wanted.dtype,
+        shares_stages=task.train.dtype == wanted.dtype
+        and folder.resolve().parent == (paths.store / "trainings").resolve(),
     )
 
 
@@ -214,19 +215,18 @@ def training_text(bank: Bank, wanted: Wanted, *, held_out: bool) -> TokenStream 
         return _Tokens(tokens)
     if bank.dataset is None:
         return None
-    return bank.dataset.stream("holdout" if held_out and _has_holdout(bank.dataset) else "train")
+    return probe_stream(bank.dataset) if held_out else bank.dataset.stream("train")
 
 
-def _has_holdout(dataset: Dataset) -> bool:
-    return dataset.num_tokens("holdout") > PROBE_TOKENS
-
-
-def hessians_for(bank: Bank, wanted: Wanted) -> dict[str, Tensor] | None:
-    """Collect the Hessians that the bank's final asks for; None where it asks for none."""
-    gptq = bank.final.quantize.gptq
+def hessians_for(paths: Paths, bank: Bank, wanted: Wanted) -> dict[str, Tensor] | None:
+    """Collect the Hessians that the bank's final asks for, or find those of a training of the
+    store; None where it asks for none."""
+    gptq, ranks = bank.final.quantize.gptq, current()
     if gptq is None:
         return None
-    model, ranks = bank.built(), current()
+    if bank.shares_stages and bank.dataset is not None and wanted.train_tokens is None:
+        return _stored_hessians(Store(paths.store), bank, bank.dataset, ranks)
+    model = bank.built()
     load_state(model, bank.exported())
     if gptq.calibration == "generated":
         return collect_hessians(model, generated_batches(model, gptq, ranks), ranks)
@@ -239,17 +239,16 @@ def hessians_for(bank: Bank, wanted: Wanted) -> dict[str, Tensor] | None:
     return collect_hessians(model, training_batches(stream, gptq, ranks), ranks)
 
 
-def probe_on(bank: Bank, stream: TokenStream) -> Probe:
-    """Nats per token of a state on the head of a stream, in windows without overlap."""
-    tokens = stream.read(0, min(PROBE_TOKENS, len(stream) - 1) + 1)
-    window = min(bank.window, len(tokens) - 1)
-    spec = EvaluateSpec(window=window, stride=window)
-    model, ranks = bank.built(), current()
-
-    def loss(state: Mapping[str, Tensor]) -> float:
-        load_state(model, dict(state))
-        tape = Tape(tokens)
-        slide(model, tape, spec, ranks)
-        return float(tape.losses.mean(dtype=np.float64))
-
-    return loss
+def _stored_hessians(
+    store: Store, bank: Bank, dataset: Dataset, ranks: Ranks
+) -> dict[str, Tensor] | None:
+    """Collect Hessians as the finals of a sweep do, and for them too."""
+    training = bank.file.parent.parent
+    task = hessians_task(ArtifactTask(entry=bank.entry, final=bank.final))
+    if task is None:
+        return None
+    is_cpu = ranks.device.type == "cpu"
+    device = {"device": ranks.device.type} | ({"threads": get_num_threads()} if is_cpu else {})
+    key = hessians_id(task, training.name, inputs_of(dataset), device)
+    store.compute("hessians", key, lambda folder: collect(task, training, dataset, folder, ranks))
+    return load_hessians(store.folder("hessians", key), ranks.device)

@@ -10,24 +10,16 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from service import banks
-from service.banks import (
-    PROBE_TOKENS,
-    Bank,
-    Wanted,
-    hessians_for,
-    open_bank,
-    probe_on,
-    training_text,
-)
+from service.banks import Bank, Wanted, hessians_for, open_bank, training_text
+from service.identity import fit_digest
 from service.paths import Paths
 from service.rescore import Asked, rescore
 from service.scored_text import Source, text_of
 from service.talk import Talk
+from trainer.choosing import PROBE_TOKENS, probe_on
 from trainer.codec import dump, fingerprint, parse_assignment, to_yaml
 from trainer.data.shards import TokenStream
 from trainer.errors import UsageError
-from trainer.finalize import fit as fitting
-from trainer.finalize import plans, rate, shares
 from trainer.finalize.code import code_digest
 from trainer.finalize.fit import Subject, fit
 from trainer.finalize.pipeline import FinalReport, finalize
@@ -52,7 +44,7 @@ def quantize_bank(paths: Paths, wanted: Wanted, out: Path) -> dict[str, Any]:
     """Finalize a bank entry into a new folder; return what was written, tensor by tensor."""
     require_new(out)
     bank = open_bank(paths, wanted)
-    hessians = hessians_for(bank, wanted)
+    hessians = hessians_for(paths, bank, wanted)
     with _whole(out) as folder:
         artifact = folder / "artifact"
         report = finalize(
@@ -110,7 +102,7 @@ def _fitted(paths: Paths, bank: Bank, wanted: Wanted, cap_bytes: int) -> Path:
     """Return the folder of the fit: artifact/, tensors.json, final.yaml and result.json."""
     keep = _kept(wanted.overrides)
     stream = training_text(bank, wanted, held_out=True)
-    probe = None if stream is None else probe_on(bank, stream)
+    probe = None if stream is None else probe_on(bank.built(), stream, bank.window, current())
     talk = Talk()
     key = fingerprint(
         {
@@ -135,7 +127,7 @@ def _fitted(paths: Paths, bank: Bank, wanted: Wanted, cap_bytes: int) -> Path:
     if (folder / "result.json").is_file():
         talk.say("found", fit=folder)
         return folder
-    hessians = hessians_for(bank, wanted)
+    hessians = hessians_for(paths, bank, wanted)
     subject = Subject(bank.state, bank.model, bank.tokenizer_sha256, hessians)
     with _whole(folder) as made:
         fitted = fit(subject, bank.final, cap_bytes, made / "artifact", probe, keep, talk.say)
@@ -166,11 +158,8 @@ def _leaves(path: str, value: Any) -> list[str]:
 
 
 def _search_digest() -> str:
-    """Hash the code that chooses. It is not shipped: the counted code's digest has none of it."""
-    digest = hashlib.sha256()
-    for module in (fitting, plans, rate, shares, banks):
-        digest.update(Path(str(module.__file__)).read_bytes())
-    return digest.hexdigest()
+    """Hash the code that chooses, and that finds the text to choose on."""
+    return fingerprint([fit_digest(), sha256_file(Path(str(banks.__file__)))])
 
 
 def _calibration(bank: Bank, wanted: Wanted) -> str | None:

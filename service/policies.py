@@ -1,50 +1,69 @@
 """Decisions as pure functions: what a result means under a sweep's constraints."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
+from service.clocks import ClockName, ClockPolicy, charge, overrun
 from service.ledger import SweepView
+from service.specs import Resources
 from service.states import State
-from service.sweep import Constraint, Resources
+from service.sweep import Constraint
+from trainer.data.shards import Dataset
+from trainer.errors import UsageError
+
+CLOCKS: Final[dict[str, ClockName]] = {"train_clock_s": "train", "eval_clock_s": "eval"}
+"""Constraints on a clock, and which one."""
 
 
 def settle(
-    final: dict[str, Any], training: dict[str, Any], constraints: Sequence[Constraint]
+    final: Mapping[str, Any],
+    training: Mapping[str, Any],
+    constraints: Sequence[Constraint],
+    clocks: ClockPolicy,
 ) -> tuple[State, str | None]:
     """Return a final's state and the reason for it, the first broken constraint's.
 
-    A value over its limit is infeasible; a clock over its limit or a failed audit is illegal.
-    A failed audit is so whether or not the sweep names it: `best` would never take it.
+    A value over its limit is infeasible; a clock over its limit, charged as `clocks` says, or a
+    failed audit is illegal. A failed audit is so whether or not the sweep names it: `best` would
+    never take it. Without a constraint on a clock, none is held against it.
     """
     failed = [rule for rule in final["audit"] if rule["verdict"] == "fail"]
     if failed:
         return State.ILLEGAL, f"audit {failed[0]['id']}: {failed[0]['detail']}"
-    values = {
-        "artifact_bytes": final["artifact_bytes"],
-        "val_bpb": final["score"]["val_bpb"],
-        "eval_clock_s": final["score"]["eval_clock_s"],
-        "train_clock_s": training["train_clock_s"],
-    }
+    charged = charge(clocks, training, final)
+    values = {"artifact_bytes": final["artifact_bytes"], "val_bpb": final["score"]["val_bpb"]}
     for constraint in constraints:
-        if constraint.limit is None:
+        subject, limit = constraint.subject, constraint.limit
+        if limit is None:
             continue  # the audit, judged above
-        value = values[constraint.subject]
-        if value > constraint.limit:
-            over = value - constraint.limit
-            reason = (
-                f"{constraint.subject} {value:,.10g} > {constraint.limit:,.10g}, "
-                f"over by {over:,.10g}"
-            )
-            is_clock = constraint.subject.endswith("clock_s")
-            return (State.ILLEGAL if is_clock else State.INFEASIBLE), reason
+        if subject in CLOCKS:
+            over = overrun(charged, {CLOCKS[subject]: limit})
+            if over is not None:
+                return State.ILLEGAL, over
+        elif values[subject] > limit:
+            value = values[subject]
+            reason = f"{subject} {value:,.10g} > {limit:,.10g}, over by {value - limit:,.10g}"
+            return State.INFEASIBLE, reason
     return State.SUCCEEDED, None
 
 
-def verdict(view: SweepView) -> State:
-    """Return the state a sweep ends in: failed if anything failed, infeasible if nothing fits."""
+def check_holdout(dataset: Dataset, where: str) -> None:
+    """Refuse to rank on held-out training shards that a dataset does not have."""
+    if dataset.num_tokens("holdout") < 2:
+        raise UsageError(
+            f"{where}: search.final.rank_on=holdout, but {dataset.folder} holds out no training "
+            "shards; prepare or fetch the data with a holdout, or set rank_on: validation"
+        )
+
+
+def verdict(view: SweepView, refusal: str | None = None) -> State:
+    """Return the state a sweep ends in: failed if anything failed, stopped if something was refused
+    to start (`refusal`), infeasible if nothing fits."""
     stages = [*view.trainings.values(), *view.finals.values()]
     if any(stage["state"] == State.FAILED for stage in stages):
         return State.FAILED
+    if refusal is not None:
+        return State.STOPPED
     if any(final["state"] == State.SUCCEEDED for final in view.finals.values()):
         return State.SUCCEEDED
     legal = [final for final in view.finals.values() if final["state"] != State.ILLEGAL]

@@ -18,6 +18,7 @@ from service.paths import Paths
 from service.score_bar import ScoreBar
 from service.scored_text import Source, text_of
 from service.talk import Talk
+from trainer.artifacts import load_training
 from trainer.codec import dump, parse, with_values
 from trainer.data.bytecount import decoded_bytes, table_for
 from trainer.data.tokenizer import open_tokenizer
@@ -37,7 +38,6 @@ from trainer.model.build import build, load_state
 from trainer.model.gpt import GPT
 from trainer.protocol import UNKNOWN_TOKENIZER
 from trainer.results import Score
-from trainer.run import load_training
 from trainer.runtime.distributed import Ranks, best_device, current
 from trainer.runtime.files import locked, read_json
 from trainer.runtime.tensors import load_tensors, saved_names

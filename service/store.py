@@ -12,7 +12,16 @@ from typing import Any
 
 from trainer.runtime.files import locked, read_json
 
-KINDS = ("trainings", "parities", "hessians", "artifacts", "finals")
+KINDS = (
+    "states",  # what trunks leave
+    "trainings",
+    "parities",
+    "hessians",
+    "artifacts",
+    "ranks",  # finals scored on held-out training shards
+    "fits",  # artifacts fitted to a cap
+    "finals",
+)
 
 
 class Store:

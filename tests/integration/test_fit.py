@@ -186,8 +186,8 @@ def test_impossible_cap_exits_with_3_and_the_smallest_size_reached(fairway, code
     assert done.status == 3
     line = done.err.splitlines()[-1]
     found = re.fullmatch(
-        rf"--cap {cap:,}: no artifact is so small; the smallest reached has ([\d,]+) bytes; "
-        "allow as many or train a smaller model",
+        rf"a cap of {cap:,} bytes: no artifact is so small; the smallest reached has ([\d,]+) "
+        "bytes; allow as many or train a smaller model",
         line,
     )
     assert found is not None, line
@@ -278,6 +278,29 @@ def test_quantize_rounds_by_hessians_of_training_text(fairway, tmp_path):
     rounded = [record for record in document["tensors"] if record["method"] == "gptq"]
     assert len(rounded) >= 12
     assert all(r["hessian_error"] <= r["nearest_hessian_error"] for r in rounded)
+
+
+def test_hessians_of_a_training_are_collected_once_for_quantize_and_fit(
+    fairway, home, tmp_path, code_bytes
+):
+    gptq = ("-S", "final.quantize.gptq={sequences: 6, seq_len: 32}", "--entry", "raw")
+
+    fairway("quantize", TRAINING, *gptq, "-S", "final.quantize.clip=p3", "-o", tmp_path / "a")
+    (first,) = collected_from(home, sequences=6)
+    fairway("quantize", TRAINING, *gptq, "-S", "final.quantize.clip=p5", "-o", tmp_path / "b")
+    fairway("fit", TRAINING, "--cap", code_bytes + 50_000, *gptq, *ZIP)
+
+    assert collected_from(home, sequences=6) == [first]
+
+
+def collected_from(home, sequences):
+    """When each collection of Hessians from so many sequences of 32 tokens was written."""
+    results = [path for path in (home / "store" / "hessians").glob("*/result.json")]
+    return [
+        (path, path.stat().st_mtime_ns)
+        for path in results
+        if json.loads(path.read_text())["tokens"] == 32 * sequences
+    ]
 
 
 def test_folder_that_holds_something_is_refused_before_any_work(fairway, tmp_path):

@@ -4,18 +4,22 @@ from typing import Any
 
 import pytest
 
+from service.clocks import load_policy
 from service.ledger import SweepView
 from service.policies import gangs_at_once, settle, verdict, what_is_missing
+from service.specs import Resources
 from service.states import State
-from service.sweep import Constraint, Resources
+from service.sweep import Constraint
 
-TRAINING = {"train_clock_s": 590.0}
+TRAINING = {"train_clock_s": 590.0, "clock_s": {"warmup": 70.0, "train": 590.0}}
+CLOCKS = load_policy()
 
 
 def result(**changes: Any) -> dict[str, Any]:
     rules = [{"id": "coverage", "verdict": "pass", "detail": ""}]
     score = {"val_bpb": 1.2, "eval_clock_s": 100.0}
-    return {"artifact_bytes": 500, "score": score, "audit": rules, **changes}
+    facts = {"artifact_bytes": 500, "score": score, "audit": rules, "finalize_clock_s": 50.0}
+    return {**facts, **changes}
 
 
 @pytest.mark.parametrize(
@@ -24,23 +28,40 @@ def result(**changes: Any) -> dict[str, Any]:
         (Constraint("artifact_bytes", 500), State.SUCCEEDED, None),
         (Constraint("artifact_bytes", 499), State.INFEASIBLE, "500 > 499, over by 1"),
         (Constraint("val_bpb", 1.1), State.INFEASIBLE, "val_bpb 1.2 > 1.1"),
-        (Constraint("eval_clock_s", 99), State.ILLEGAL, "eval_clock_s 100 > 99"),
-        (Constraint("train_clock_s", 580), State.ILLEGAL, "train_clock_s 590 > 580"),
+        (Constraint("eval_clock_s", 99), State.ILLEGAL, "eval_clock_s 100.0 > 99"),
+        (Constraint("train_clock_s", 580), State.ILLEGAL, "train_clock_s 590.0 > 580"),
+        (Constraint("train_clock_s", 600), State.SUCCEEDED, None),
         (Constraint("audit", None), State.SUCCEEDED, None),
     ],
 )
 def test_a_final_is_settled_by_the_constraint_it_breaks(constraint, state, reason):
-    settled, why = settle(result(), TRAINING, [constraint])
+    settled, why = settle(result(), TRAINING, [constraint], CLOCKS)
 
     assert settled == state
     assert why is None if reason is None else reason in why
+
+
+def test_calibration_can_take_a_training_over_its_clock():
+    calibrated = result(calibration="train", calibration_clock_s=12.5)
+
+    state, reason = settle(calibrated, TRAINING, [Constraint("train_clock_s", 600)], CLOCKS)
+
+    assert state == State.ILLEGAL
+    assert reason == "train_clock_s 602.5 > 600, over by 2.5 (train 590.0 + hessians 12.5)"
+
+
+def test_without_a_constraint_on_a_clock_none_is_held_against_a_final():
+    slow = {"clock_s": {"train": 86_400.0}}
+    score = {"val_bpb": 1.2, "eval_clock_s": 7_200.0}
+
+    assert settle(result(score=score), slow, [], CLOCKS) == (State.SUCCEEDED, None)
 
 
 @pytest.mark.parametrize("constraints", [[], [Constraint("audit", None)]])
 def test_a_failed_audit_is_illegal_and_names_the_rule(constraints):
     failed = [{"id": "coverage", "verdict": "fail", "detail": "3 not scored"}]
 
-    state, reason = settle(result(audit=failed), TRAINING, constraints)
+    state, reason = settle(result(audit=failed), TRAINING, constraints, CLOCKS)
 
     assert state == State.ILLEGAL
     assert reason == "audit coverage: 3 not scored"
