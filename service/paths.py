@@ -14,6 +14,9 @@ result.json is written last: a stage without one is not done.
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.codec import suggest
+from trainer.errors import UsageError
+
 
 @dataclass(frozen=True, slots=True)
 class SweepPaths:
@@ -70,3 +73,22 @@ class Paths:
     @property
     def mlflow_artifacts(self) -> Path:
         return self.home / "mlruns"
+
+
+def find_sweep(paths: Paths, ref: str | None) -> SweepPaths:
+    """Find a sweep by id, a unique start of it, or its name; the newest without a reference."""
+    ledgers = sorted(paths.sweeps.glob("*/events.jsonl"), key=lambda path: path.stat().st_mtime)
+    found = [path.parent.name for path in ledgers]
+    if not found:
+        raise UsageError(f"{paths.sweeps}: no sweep has run here; start one with `fairway run`")
+    if ref is None:
+        return paths.sweep(found[-1])
+    matching = [sweep for sweep in found if sweep.startswith(ref)]
+    if ref in matching:
+        return paths.sweep(ref)
+    named = [sweep for sweep in found if sweep.rpartition("-")[0] == ref]
+    if named or len(matching) == 1:
+        return paths.sweep((named or matching)[-1])  # the newest of that name
+    if matching:
+        raise UsageError(f"{ref!r} fits {len(matching)} sweeps: {', '.join(matching)}")
+    raise UsageError(f"no sweep {ref!r} under {paths.sweeps}{suggest(ref, found)}")
