@@ -6,7 +6,6 @@ Data goes to stdout, talk to stderr. Ray, torch and MLflow are imported by the v
 """
 
 import json
-import os
 import sys
 import webbrowser
 from collections.abc import Iterator
@@ -17,18 +16,32 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from service import cli_audit, cli_data, cli_final, cli_models, report
-from service.catalogue_view import data_of, find_sweep, plan_document, recipe_rows
+from service import (
+    cli_audit,
+    cli_data,
+    cli_doctor,
+    cli_final,
+    cli_models,
+    cli_verdicts,
+    report,
+)
+from service.budget import seconds_per_step
+from service.catalogue_view import data_of, plan_document, recipe_rows
+from service.identity import inputs_of, sweep_id
 from service.knobs import dead_knobs
 from service.labels import short_value
 from service.ledger import SweepView, is_held, replay
-from service.paths import Paths
-from service.plan import inputs_of, make_plan
+from service.paths import Paths, find_sweep
+from service.plan import make_plan
+from service.plan_view import print_tree, tree_document
+from service.preflight import require_ready
+from service.specs import SweepSpec
 from service.states import State
-from service.sweep import SweepSpec, load_sweep
+from service.sweep import load_sweep
 from service.talk import Talk
 from trainer.codec import json_schema, to_yaml
-from trainer.errors import FairwayError
+from trainer.errors import BudgetError, FairwayError, InfeasibleError
+from trainer.runtime.environment import prepare_for_ray
 from trainer.runtime.files import read_json
 from trainer.specs.recipe import Recipe
 
@@ -40,7 +53,10 @@ app = typer.Typer(
 )
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_audit.app)
+app.add_typer(cli_doctor.app)
 app.add_typer(cli_final.app)
+app.add_typer(cli_verdicts.app)
+app.add_typer(cli_verdicts.baseline_app, name="baseline")
 app.add_typer(cli_models.app)  # without a name: its verbs are verbs of `fairway`
 
 Home = Annotated[
@@ -73,6 +89,34 @@ def validate(
     _print(plan_document(sweep, plan), output)
 
 
+@app.command("plan")
+def plan_command(
+    sweep_file: SweepFile,
+    overrides: Overrides = None,
+    step_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-6, help="What a step takes; default: as measured by this sweep so far."
+        ),
+    ] = None,
+    home: Home = _HOME,
+    output: Output = "table",
+) -> None:
+    """Show which steps a sweep shares between trainings, and what that saves."""
+    source, sweep = _load(sweep_file, overrides)
+    paths = Paths(home)
+    inputs = inputs_of(data_of(paths, sweep.data))
+    ledger = paths.sweep(sweep_id(sweep, inputs)).ledger
+    if step_seconds is None and ledger.is_file():
+        step_seconds = seconds_per_step(replay(ledger))
+    plan = make_plan(sweep, inputs, source, seconds_per_step=step_seconds)
+    document = tree_document(sweep, plan, step_seconds)
+    if output == "table":
+        print_tree(sweep, plan, document)
+    else:
+        _print(document, output)
+
+
 @app.command()
 def run(
     sweep_file: SweepFile,
@@ -97,17 +141,20 @@ def run(
     source, sweep = _load(sweep_file, overrides)
     paths = Paths(home)
     dataset = data_of(paths, sweep.data)
-    plan = make_plan(sweep, inputs_of(dataset), source)  # finds every fault before Ray starts
-    _prepare_environment()
+    inputs = inputs_of(dataset)
+    plan = make_plan(sweep, inputs, source)  # finds every fault before Ray starts
+    prepare_for_ray()
     from service.cluster import Where
-    from service.facts import check_packages
     from service.follower import Follower
+    from service.launch import Site
     from service.search import Setting, run_sweep
     from service.tracking import default_uri
 
-    check_packages()
-    setting = Setting(sweep, plan, paths, dataset, Where(address, num_cpus))
     talk = Talk()
+    for check in require_ready(sweep, paths, dataset, plan, is_local=address is None):
+        talk.say("warning", check=check.line())
+    site = Site(paths, dataset, Where(address, num_cpus))
+    setting = Setting(sweep, plan, inputs, source, site)
     folder = paths.sweep(plan.sweep_id)
     uri = tracking_uri or default_uri(paths)
     after = replay(folder.ledger).events if folder.ledger.is_file() else 0
@@ -300,8 +347,16 @@ def _untrained_bpb(view: SweepView) -> float | None:
 def _exit_by(view: SweepView) -> None:
     codes = {State.SUCCEEDED: 0, State.INFEASIBLE: 3, State.ILLEGAL: 3}
     code = codes.get(view.state, 1)
+    if view.state == State.STOPPED:
+        raise BudgetError(
+            f"sweep {view.started['sweep_id']}: {view.reason}; raise it and run the "
+            "same command to go on"
+        )
     if code == 3:
         report.best_document(view, {})  # raises, with the nearest miss
+    gate = None if view.verdict is None else view.verdict["gate"]
+    if code == 0 and gate is not None and gate["verdict"] != "passed":
+        raise InfeasibleError(f"sweep {view.started['sweep_id']}: {gate['reason']}")
     if code:
         raise typer.Exit(code)
 
@@ -323,22 +378,6 @@ def _print(data: Any, output: str) -> None:
             table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
         # One line a row into a pipe or a log.
         Console(width=None if sys.stdout.isatty() else 200).print(table)
-
-
-def _prepare_environment() -> None:
-    """Ray reads these when it is imported."""
-    for name, value in {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AIR_NEW_OUTPUT": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupt is ours to answer
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    }.items():
-        os.environ.setdefault(name, value)
-    # An address that is given is the one meant; Ray would prefer these over it.
-    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
-        os.environ.pop(name, None)
 
 
 def main() -> None:

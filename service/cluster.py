@@ -4,17 +4,18 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 
 from service.policies import gangs_at_once, what_is_missing
-from service.sweep import Resources
+from service.specs import Resources
 from trainer.errors import BackendError, UsageError
 from trainer.runtime.environment import hand_down
 
 OBJECT_STORE_BYTES = 150_000_000  # stages hand over paths, not tensors
-DRIVER = "fairway_driver"  # a custom resource, so that a waiting driver takes no CPU from a gang
+# Of every head Ray has one (2.60): a waiting driver is held there and takes no CPU from a gang.
+HEAD = "node:__internal_head__"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +28,16 @@ class Where:
 
 def worker_environment(resources: Resources, *, is_ours: bool) -> dict[str, str]:
     """Ray's own settings, which only environment variables carry (ray 2.60)."""
-    # Each is a process more for every gang, and a Ray of our own has nobody to preempt it.
-    spared = ("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "RAY_TRAIN_METRICS_ENABLED")
+    # A process more for every gang, and a Ray of our own has nobody to preempt it.
+    spared = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"} if is_ours else {}
     return {
-        **({name: "0" for name in spared} if is_ours else {}),
+        **spared,
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(resources.start_timeout_s),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also the pace at which an end is noticed
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",
+        "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # the controller of a gang does so on purpose
+        # A rank that waits for one that is gone never leaves by itself.
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
         "OMP_NUM_THREADS": str(resources.cpus_per_worker),
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     }
@@ -59,20 +63,20 @@ def cluster(where: Where, resources: Resources) -> Iterator[None]:
             # Inherited, not a runtime_env: Ray's own first workers then fit, and none is wasted.
             hand_down(environment)
             ray.init(
+                "local",  # without, it would join whatever cluster was started on this machine
                 num_cpus=where.num_cpus,
-                resources={DRIVER: 1000.0},
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a bare one where a node of our own does not come up in time
         raise BackendError(
             f"Ray at {where.address or 'this machine'}: {str(error).splitlines()[0]}; check the "
             "address, that the head is up and that RAY_AUTH_MODE is the cluster's"
         ) from error
     try:
-        missing = what_is_missing(resources, _nodes())
+        missing = never_fits(resources)
         if missing is not None:
             raise UsageError(
                 f"resources: {missing}; lower resources.workers or cpus_per_worker, or run on a "
@@ -83,22 +87,49 @@ def cluster(where: Where, resources: Resources) -> Iterator[None]:
         ray.shutdown()
 
 
+def never_fits(resources: Resources) -> str | None:
+    """Say why a gang can never start on the connected cluster, None if it can."""
+    return what_is_missing(resources, ray.nodes())
+
+
 def driver_resources() -> dict[str, float]:
-    """What a waiting driver reserves: nothing that a gang needs, where the cluster lets us."""
-    return {DRIVER: 1.0} if DRIVER in ray.cluster_resources() else {"CPU": 0.001}
+    """What a waiting driver reserves: a place on the head, and nothing that a gang needs."""
+    return {HEAD: 0.001}
 
 
 def num_gangs(resources: Resources) -> int:
     """How many gangs fit at once; at least one, as `cluster` has checked."""
-    return max(1, gangs_at_once(resources, _nodes()))
+    return max(1, gangs_at_once(resources, ray.nodes()))
 
 
-def _nodes() -> list[dict[str, Any]]:
-    """The nodes as gangs see them: where drivers have to take CPU, one is theirs."""
-    nodes = ray.nodes()
-    if DRIVER in ray.cluster_resources() or len([n for n in nodes if n["Alive"]]) > 1:
-        return nodes
-    return [
-        {**node, "Resources": {**node["Resources"], "CPU": node["Resources"].get("CPU", 1) - 1}}
-        for node in nodes
-    ]
+def shortage(resources: Resources, free: list[dict[str, float]]) -> str | None:
+    """Say what a gang lacks just now, given what each node has free; None if it fits."""
+    each, workers = resources.worker(), resources.workers
+    places = [min(int(node.get(kind, 0) // num) for kind, num in each.items()) for node in free]
+    packed = resources.placement == "STRICT_PACK"
+    fitting = {
+        "STRICT_PACK": max(places, default=0),
+        "STRICT_SPREAD": sum(1 for place in places if place),
+    }.get(resources.placement, sum(places))
+    if fitting >= workers:
+        return None
+    if resources.placement == "STRICT_SPREAD":
+        return f"need {workers} nodes with {_amounts(each)} each, free {fitting}"
+    where = " on one node" if packed and len(free) > 1 else ""
+    for kind, num in each.items():
+        have = [node.get(kind, 0.0) for node in free]
+        most = max(have, default=0.0) if packed else sum(have)
+        if most < workers * num:
+            return f"need {_amounts({kind: workers * num})}{where}, free {most:g}"
+    asked = _amounts({kind: workers * num for kind, num in each.items()})
+    return f"need {asked}{where}, free for {fitting} of {workers} workers"
+
+
+def _amounts(amounts: dict[str, float]) -> str:
+    """1 GPU + 8 CPUs."""
+    return " + ".join(f"{num:g} {kind}{'s' if num != 1 else ''}" for kind, num in amounts.items())
+
+
+def free_resources() -> list[dict[str, float]]:
+    """What each living node has free just now."""
+    return list(available_resources_per_node().values())

@@ -58,3 +58,8 @@ class Curve:
         new = {key: value for key, value in values.items() if step > self.last_step.get(key, -1)}
         self.last_step |= dict.fromkeys(new, step)
         return [Point(key, value, at_s, step) for key, value in new.items()]
+
+
+def read_curve(path: Path, metric: str) -> dict[int, float]:
+    """Return one metric of a curve by step."""
+    return {point.step: point.value for point in Curve().read(path) if point.metric == metric}

@@ -6,16 +6,27 @@ the file (flock). A torn last line is what a crash leaves: it is cut off when th
 opens. A broken line anywhere else is refused by number; a ledger never starts empty over it.
 
     sweep_started      sweep_id name recipe effective_recipe spec varying axes cap_bytes
-                       num_trainings num_finals facts
-    training_started   training point seed
-    training_finished  training point seed state reason cached result
-    final_scored       final training point seed state reason cached result
-    sweep_finished     state cache_hits
+                       num_trunks num_trainings num_finals plan_cost facts
+    waiting            reason: why no gang has started yet
+    gang_started       gang workers nodes probe
+    trunk_finished     trunk states state reason cached steps_computed occupied_s
+    training_started   training point seed phase branch
+    rung               training step val_bpb verdict reason
+    training_finished  training point seed phase state reason cached tries occupied_s result
+    final_ranked       final training point seed state reason cached occupied_s result
+    final_scored       final training point seed phase state reason cached occupied_s result
+                       fitted: its clips and bits were chosen so that it fits the cap
+    verdict            gate: what the gate said of the confirmed finals
+    sweep_finished     state cache_hits reason
+
+phase is search or confirm. occupied_s: the seconds that a stage held its workers; it times the
+workers is what a budget counts.
 """
 
 import fcntl
 import json
 import os
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -28,6 +39,8 @@ from service.states import State
 from trainer.errors import DataError, UsageError
 
 PATIENCE_S = 1.0
+RETRIED = frozenset({State.FAILED, State.CANCELLED})
+"""States that another run of the sweep tries again."""
 
 
 @dataclass
@@ -35,22 +48,44 @@ class SweepView:
     """A sweep as its ledger tells it; `apply` is the only thing that changes it."""
 
     started: dict[str, Any] = field(default_factory=dict[str, Any])
+    trunks: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     trainings: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    ranked: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    """Finals that were scored on held-out training shards, by id."""
+    rungs: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    paid: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """Every event that says how long its stage held its workers, retries included."""
+    verdict: dict[str, Any] | None = None
     finals: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     running: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     state: State = State.QUEUED
     cache_hits: int = 0
     events: int = 0
+    first_started_at: float = 0.0
+    """Unix seconds of the sweep's first start, 0 before it."""
+    reason: str | None = None
+    """Why the sweep ended before it was complete."""
 
     def apply(self, event: dict[str, Any]) -> None:
         """Fold one event in. An event of a stage that is already settled changes nothing."""
         self.events += 1
+        if event.get("occupied_s"):
+            self.paid.append(event)
         match event["event"]:
             case "sweep_started":
-                self.started, self.state = event, State.RUNNING
+                self.started, self.state, self.reason = event, State.RUNNING, None
+                self.first_started_at = self.first_started_at or event["at"]
                 self.running.clear()
             case "training_started":
                 self.running[event["training"]] = event
+            case "trunk_finished":
+                _settle(self.trunks, event["trunk"], event)
+            case "rung":
+                self.rungs.append(event)
+            case "final_ranked":
+                _settle(self.ranked, event["final"], event)
+            case "verdict":
+                self.verdict = event
             case "training_finished":
                 self.running.pop(event["training"], None)
                 _settle(self.trainings, event["training"], event)
@@ -59,15 +94,21 @@ class SweepView:
             case "sweep_finished":
                 self.running.clear()
                 self.state, self.cache_hits = State(event["state"]), event["cache_hits"]
+                self.reason = event.get("reason")
             case _:  # a fact that moves nothing
                 pass
 
 
 def _settle(stages: dict[str, dict[str, Any]], key: str, event: dict[str, Any]) -> None:
-    """Keep the first settled fact of a stage; only a failure may be followed by another try."""
+    """Keep the first settled fact of a stage. Only what ended without a result may be followed by
+    another try, and a confirmation by the same stage counts as one."""
     known = stages.get(key)
-    if known is None or known["state"] == State.FAILED:
+    if known is None or known["state"] in RETRIED or _is_confirmed_by(known, event):
         stages[key] = event
+
+
+def _is_confirmed_by(known: dict[str, Any], event: dict[str, Any]) -> bool:
+    return event.get("phase") == "confirm" and known.get("phase") != "confirm"
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -140,6 +181,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
+        self._turn = threading.Lock()
         self._file = path.open("ab")
         if not _lock(self._file, fcntl.LOCK_EX, PATIENCE_S):
             self._file.close()
@@ -162,14 +204,20 @@ class Ledger:
         return intact_bytes
 
     def append(self, event: str, **facts: Any) -> dict[str, Any]:
-        """Write one event through to the disk, fold it into the view and return it."""
-        record = {"seq": self.view.events + 1, "at": round(time.time(), 3), "event": event, **facts}
-        record = json.loads(json.dumps(record, allow_nan=False))
-        line = json.dumps({**record, "crc": _crc(record)}, separators=(",", ":"))
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.view.apply(record)
+        """Write one event through to the disk, fold it into the view and return it. Thread-safe."""
+        with self._turn:
+            record = {
+                "seq": self.view.events + 1,
+                "at": round(time.time(), 3),
+                "event": event,
+                **facts,
+            }
+            record = json.loads(json.dumps(record, allow_nan=False))
+            line = json.dumps({**record, "crc": _crc(record)}, separators=(",", ":"))
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self.view.apply(record)
         return record
 
     def close(self) -> None:

@@ -17,14 +17,29 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from service.budget import spent
+from service.confirmed import best_confirmed, confirmed_document, counts
 from service.knobs import dead_knob_records, dead_knobs, in_words
 from service.labels import knob_names, short_value
 from service.ledger import SweepView
 from service.states import State
 from trainer.errors import InfeasibleError
 
-_ORDER = (State.SUCCEEDED, State.INFEASIBLE, State.ILLEGAL, State.FAILED)
-_STYLE = {State.INFEASIBLE: "dim", State.ILLEGAL: "yellow", State.FAILED: "red"}
+_ORDER = (
+    State.SUCCEEDED,
+    State.INFEASIBLE,
+    State.ILLEGAL,
+    State.STOPPED,
+    State.CANCELLED,
+    State.FAILED,
+)
+_STYLE = {
+    State.INFEASIBLE: "dim",
+    State.ILLEGAL: "yellow",
+    State.STOPPED: "dim",
+    State.CANCELLED: "dim",
+    State.FAILED: "red",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,30 +91,16 @@ def _sort_key(row: Row) -> tuple[Any, ...]:
     return (_ORDER.index(row.state), bpb, row.artifact_bytes or 0, row.final)
 
 
-def is_legal(result: Mapping[str, Any]) -> bool:
-    """Whether no audit rule of a final's result failed."""
-    return all(rule["verdict"] != "fail" for rule in result.get("audit", ()))
-
-
-def is_within_cap(view: SweepView, result: Mapping[str, Any]) -> bool:
-    """Whether a final's artifact fits the sweep's byte cap, if it has one."""
-    cap = view.started.get("cap_bytes")
-    return cap is None or result["artifact_bytes"] <= cap
-
-
 def best(view: SweepView) -> dict[str, Any] | None:
-    """Return the `final_scored` event with the lowest val_bpb; ties go to fewer bytes, then id.
+    """Return the `final_scored` event of the best final, None without a feasible and legal one.
 
-    Only a feasible and legal final qualifies: whatever its event says, one over the cap or with
-    a failed audit rule is passed over.
+    Where points are confirmed: of the one with the lowest mean over its registered seeds, the
+    final nearest that mean. Else the lowest val_bpb; ties go to fewer bytes, then to the id.
     """
-    events = [
-        event
-        for event in view.finals.values()
-        if event["state"] == State.SUCCEEDED
-        and is_legal(event["result"])
-        and is_within_cap(view, event["result"])
-    ]
+    confirmed = best_confirmed(view)
+    if confirmed is not None:
+        return confirmed.typical()
+    events = [event for event in view.finals.values() if counts(view, event)]
     return min(events, key=_rank, default=None)
 
 
@@ -121,33 +122,40 @@ def status_document(view: SweepView) -> dict[str, Any]:
     failed_trainings = _count(trainings, State.FAILED)
     failed_finals = _count(finals, State.FAILED)
     computed = [t["result"] for t in trainings if t["result"] and not t["cached"]]
+    grown = [trunk for trunk in view.trunks.values() if not trunk["cached"]]
     return {
         "sweep_id": started.get("sweep_id"),
         "name": started.get("name"),
         "state": str(view.state),
+        "reason": view.reason,
+        "trunks": {"total": started.get("num_trunks", 0), "done": len(view.trunks)},
         "trainings": {
             "total": started.get("num_trainings", 0),
-            "done": len(trainings) - failed_trainings,
+            "done": _count(trainings, State.SUCCEEDED),
             "running": len(view.running),
+            "stopped": _count(trainings, State.STOPPED, State.CANCELLED),
             "failed": failed_trainings,
         },
         "finals": {
             "total": started.get("num_finals", 0),
-            "done": len(finals) - failed_finals,
+            "done": len(finals) - failed_finals - _count(finals, State.STOPPED, State.CANCELLED),
+            "ranked": len(view.ranked),
             "infeasible": _count(finals, State.INFEASIBLE),
             "illegal": _count(finals, State.ILLEGAL),
             "failed": failed_finals,
         },
         "cache_hits": _cache_hits(view),
-        "trained_steps": sum(result["steps_computed"] for result in computed),
-        **_cost(view, computed),
+        "trained_steps": sum(stage["steps_computed"] for stage in (*grown, *computed)),
+        **_cost(view),
         "best": None if top is None else _pick(top),
+        "confirmed": confirmed_document(view),
+        "verdict": _verdict(view),
         "dead_knobs": dead_knob_records(view),
     }
 
 
-def _count(events: Iterable[dict[str, Any]], state: State) -> int:
-    return sum(event["state"] == state for event in events)
+def _count(events: Iterable[dict[str, Any]], *states: State) -> int:
+    return sum(event["state"] in states for event in events)
 
 
 def _cache_hits(view: SweepView) -> int:
@@ -156,14 +164,23 @@ def _cache_hits(view: SweepView) -> int:
     return sum(e["cached"] for e in (*view.trainings.values(), *view.finals.values()))
 
 
-def _cost(view: SweepView, computed: list[dict[str, Any]]) -> dict[str, float]:
-    resources = view.started.get("spec", {}).get("resources") or {}
-    worker_s = sum(
-        result["train_clock_s"] * resources.get("workers", result["world_size"])
-        for result in computed
-    )
-    gpu_s = worker_s * resources.get("gpus_per_worker", 0)
-    return {"gpu_seconds": round(gpu_s, 3), "worker_seconds": round(worker_s, 3)}
+def _cost(view: SweepView) -> dict[str, Any]:
+    """Worker-seconds that stages were held for, by phase; those of GPUs, and their price."""
+    spec = view.started.get("spec") or {}
+    resources = spec.get("resources") or {}
+    seconds = spent(view, resources.get("workers", 1))
+    total = sum(seconds.values())
+    price = (spec.get("budget") or {}).get("usd_per_gpu_hour")
+    return {
+        "gpu_seconds": round(total * resources.get("gpus_per_worker", 0), 3),
+        "worker_seconds": round(total, 3),
+        "worker_seconds_by_phase": {phase: round(s, 3) for phase, s in seconds.items()},
+        "usd": None if price is None else round(total / 3_600 * price, 2),
+    }
+
+
+def _verdict(view: SweepView) -> dict[str, Any] | None:
+    return None if view.verdict is None else view.verdict["gate"]
 
 
 def _pick(event: dict[str, Any]) -> dict[str, Any]:
@@ -192,6 +209,8 @@ def best_document(
     artifact = PurePath("store", "finals", top["final"], "artifact")
     return {
         **_pick(top),
+        "confirmed": confirmed_document(view),
+        "verdict": _verdict(view),
         "mlflow_run_id": run_ids.get(top["final"]),
         "artifact": str(artifact if home is None else home / artifact),
     }

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from service.confirmed import is_legal, is_within_cap
 from service.labels import knob_names, run_name
 from service.ledger import SweepView
 from service.paths import Paths
-from service.report import best, has_several_seeds, is_legal, is_within_cap, status_document
+from service.report import best, has_several_seeds, status_document
 from service.states import State
 
 ID_TAG, SWEEP_TAG, KIND_TAG = "fairway.id", "fairway.sweep", "fairway.kind"
@@ -109,6 +110,8 @@ def final_run(view: SweepView, event: dict[str, Any], paths: Paths) -> RunFacts:
     folder = paths.store / "finals" / key
     tags = _tags(view, "final", key, state) | _outcome(event)
     tags["fairway.training"] = event["training"]
+    if event.get("fitted"):
+        tags["fairway.fitted"] = _flag(True)
     if result:
         tags["fairway.feasible"] = _flag(state != State.INFEASIBLE and is_within_cap(view, result))
         tags["fairway.legal"] = _flag(state != State.ILLEGAL and is_legal(result))
@@ -118,7 +121,7 @@ def final_run(view: SweepView, event: dict[str, Any], paths: Paths) -> RunFacts:
         name=_name(view, event, key),
         tags=tags,
         params=_params(view, event),
-        metrics=_final_metrics(view, event) if result else {},
+        metrics=(_final_metrics(view, event) if result else {}) | _ranked_metrics(view, key),
         started_at_s=event["at"] - spent_s,
         ended_at_s=event["at"],
         status=_status(state),
@@ -174,6 +177,7 @@ def short_digest(digest: str) -> str:
 
 def _outcome(event: dict[str, Any]) -> dict[str, str]:
     tags = {"fairway.cached": _flag(event["cached"])} if "cached" in event else {}
+    tags |= {f"fairway.{name}": event[name] for name in ("phase", "branch") if event.get(name)}
     reason = event.get("reason")
     return tags | ({"fairway.reason": reason[:_MAX_TAG_CHARS]} if reason else {})
 
@@ -186,6 +190,8 @@ def _status(state: State) -> str:
     # Infeasible and illegal finals did finish: their tags say why they cannot be best.
     if state == State.RUNNING:
         return "RUNNING"
+    if state in (State.STOPPED, State.CANCELLED):
+        return "KILLED"
     return "FAILED" if state == State.FAILED else "FINISHED"
 
 
@@ -228,6 +234,12 @@ def _final_metrics(view: SweepView, event: dict[str, Any]) -> dict[str, float]:
     if training:
         metrics["clock/train_s"] = training["train_clock_s"]
     return _numbers(metrics)
+
+
+def _ranked_metrics(view: SweepView, final: str) -> dict[str, float]:
+    """What a final reached on held-out training shards, if it was ranked there."""
+    result = view.ranked.get(final, {}).get("result")
+    return {"final/holdout_bpb": float(result["holdout_bpb"])} if result else {}
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

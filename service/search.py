@@ -1,34 +1,33 @@
 """A sweep from its plan to its ledger. Ray Tune runs the trials, Ray Train the gangs.
 
-`run_sweep` reads top-down: record what the store has already, train what is
-missing, finalize what is missing, close. Killed anywhere, the same call goes on from there:
+`run_sweep` reads top-down: record what the store has already, search the train axes, search the
+axes of the finals, confirm the best, close. Killed anywhere, the same call goes on from there:
 nothing that is finished is computed again, and the ledger has every stage once.
 """
 
-import json
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray import tune
-from ray.tune import PlacementGroupFactory, RunConfig, TuneConfig
-from ray.tune.experiment import Trial
-
-from service.cluster import Where, cluster, driver_resources, num_gangs
+from service.choices import Choices
+from service.clocks import load_policy
+from service.curves import read_curve
 from service.facts import environment
-from service.labels import run_name
+from service.identity import Inputs
+from service.judge import Judge, make_judge
+from service.launch import Launcher, Site
 from service.ledger import Ledger, SweepView
-from service.paths import Paths
-from service.plan import Final, Plan, Training
-from service.policies import settle, verdict
+from service.plan import Plan
+from service.policies import verdict
+from service.recorder import Recorder, trunk_found
+from service.sides import check_gate, judge_sweep
+from service.sources import Planned
+from service.specs import ReferenceCurve
 from service.states import State
 from service.store import Store
 from service.sweep import Sweep
-from service.talk import Talk, Watch
-from service.trials import final_trial, train_trial
+from service.talk import Talk
 from trainer.codec import dump, to_yaml
-from trainer.data.shards import Dataset
 from trainer.errors import UsageError
 from trainer.runtime.files import write_text
 from tune_spaces.space import phase_of
@@ -36,17 +35,21 @@ from tune_spaces.space import phase_of
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a run of a sweep works with."""
+    """What a run of a sweep works with; `file` is what errors call the sweep."""
 
     sweep: Sweep
     plan: Plan
-    paths: Paths
-    dataset: Dataset
-    where: Where
+    inputs: Inputs
+    file: str
+    site: Site
 
 
 def run_sweep(setting: Setting, talk: Talk) -> SweepView:
-    """Run a sweep to its end, or what is left of it, and return its ledger's view."""
+    """Run a sweep to its end, or what is left of it, and return its ledger's view.
+
+    A sweep that its budget or its limits ended early is `stopped`, with the reason; the same call
+    with more of them goes on.
+    """
     return SweepRun(setting, talk).run()
 
 
@@ -57,40 +60,39 @@ class SweepRun:
         self.setting = setting
         self.talk = talk
         self.plan = setting.plan
-        self.folder = setting.paths.sweep(self.plan.sweep_id)
-        self.store = Store(setting.paths.store)
-        self.trainings = {training.id: training for training in self.plan.trainings}
-        self.finals = {final.id: final for final in self.plan.finals}
-        self.cache_hits = 0
+        self.spec = setting.sweep.spec
+        self.folder = setting.site.paths.sweep(self.plan.sweep_id)
+        self.store = Store(setting.site.paths.store)
 
     def run(self) -> SweepView:
         """Compute what the ledger and the store do not have; return the sweep as it then stands."""
-        with Ledger(self.folder.ledger) as ledger:
-            self.ledger = ledger
+        setting, policy = self.setting, load_policy(self.spec.clocks)
+        with Ledger(self.folder.ledger) as self.ledger:
+            constraints = setting.sweep.constraints
+            self.recorder = Recorder(self.ledger, self.store, self.talk, constraints, policy)
+            self.choices = Choices(
+                setting.sweep, self.plan, setting.inputs, setting.file, self.recorder
+            )
+            if self.spec.gate is not None:  # or the sweep would end without its verdict
+                check_gate(self.spec.gate, setting.site.paths)
             self._open()
             self._record_known()
-            trainings, finals = self._missing_trainings(), self._missing_finals()
-            if trainings or finals:
-                self._compute(trainings, len(finals))
-            self._close(verdict(ledger.view))
-            return ledger.view
-
-    def _compute(self, trainings: Sequence[Training], num_finals: int) -> None:
-        """Everything that needs Ray; a gang that can never fit ends the sweep here."""
-        try:
-            with (
-                cluster(self.setting.where, self.setting.sweep.spec.resources),
-                Watch(self.talk, num_finals) as self.watch,
-            ):
-                self._train(trainings)
-                self._finalize(self._missing_finals())
-        except UsageError:
-            self._close(State.FAILED)
-            raise
+            launcher = Launcher(setting.sweep, self.plan, setting.site, self.recorder, self.talk)
+            try:
+                with launcher:
+                    self._search(launcher)
+                    self._confirm(launcher)
+            except UsageError as error:
+                self._close(State.FAILED, str(error))
+                raise
+            if launcher.refusal is None:
+                self._judge_confirmed()
+            self._close(verdict(self.ledger.view, launcher.refusal), launcher.refusal)
+            return self.ledger.view
 
     def _open(self) -> None:
         sweep, plan = self.setting.sweep, self.plan
-        self.interrupted = set(self.ledger.view.running)
+        self.interrupted = dict(self.ledger.view.running)
         write_text(self.folder.spec, to_yaml(sweep.spec))
         self.ledger.append(
             "sweep_started",
@@ -101,278 +103,115 @@ class SweepRun:
             effective_recipe=sweep.recipe,
             varying=list(plan.varying),
             axes={path: phase_of(path) for path in plan.varying},
-            num_trainings=len(plan.trainings),
-            num_finals=len(plan.finals),
+            num_trunks=len(plan.trunks),
+            num_trainings=plan.num_trainings,
+            num_finals=plan.num_finals,
             cap_bytes=sweep.cap_bytes,
-            facts={**environment(self.setting.dataset), "spec_digest": plan.sweep_id},
+            plan_cost=plan.forecast,
+            facts={**environment(self.setting.site.dataset), "spec_digest": plan.sweep_id},
         )
         self.talk.say(
             "sweep_started",
             sweep=plan.sweep_id,
-            trainings=len(plan.trainings),
-            finals=len(plan.finals),
+            trunks=len(plan.trunks),
+            trainings=plan.num_trainings,
+            finals=plan.num_finals,
         )
 
     def _record_known(self) -> None:
         """Take what the store has: from an earlier run, another sweep, or before a crash."""
-        for training in self.plan.trainings:
+        recorder = self.recorder
+        branches = {training.branch for training in self.plan.trainings}
+        interrupted = {event.get("branch") for event in self.interrupted.values()} - {None}
+        for trunk in self.plan.trunks:
+            found = trunk_found(self.store, trunk)
+            if found is not None:
+                is_ours = bool(interrupted & {state.id for state in trunk.states} & branches)
+                recorder.trunk_finished({**found, "cached": not is_ours})
+        planned = {training.id: training for training in self.plan.trainings}
+        for key, event in self.interrupted.items():
+            planned.setdefault(key, self.choices.training_of(event))
+        for training in planned.values():
+            recorder.expect(training)
             result = self.store.find("trainings", training.id)
             if result is not None:
-                self.cache_hits += 1
                 is_ours = training.id in self.interrupted  # finished as our driver died
-                self._training_finished(training, State.SUCCEEDED, None, result, cached=not is_ours)
+                outcome = {"state": State.SUCCEEDED, "reason": None, "result": result}
+                recorder.training_finished(training, {**outcome, "cached": not is_ours})
         for final in self.plan.finals:
+            recorder.expect(final)
             result = self.store.find("finals", final.id)
-            if result is not None and self._is_trained(final.training):
-                self.cache_hits += 1
-                self._final_scored(final, result, cached=True)
-        self.talk.say("cache", hits=self.cache_hits)
+            if result is not None and recorder.is_trained(final.training):
+                recorder.final_ended(
+                    {"final": final.id, "kind": "final", "result": result, "cached": True}
+                )
+        self.talk.say("cache", hits=recorder.cache_hits)
 
-    def _is_trained(self, training_id: str) -> bool:
-        known = self.ledger.view.trainings.get(training_id)
-        return known is not None and known["state"] == State.SUCCEEDED
-
-    def _missing_trainings(self) -> list[Training]:
-        """Trainings that never succeeded, or whose bank is gone while finals still need it."""
-        needed = {final.training for final in self._missing_finals()}
-        return [
-            training
-            for training in self.plan.trainings
-            if not self._is_trained(training.id)
-            or (training.id in needed and self.store.find("trainings", training.id) is None)
-        ]
-
-    def _missing_finals(self) -> list[Final]:
-        """Finals that the ledger has not settled, whether or not the store has them by now."""
-        return [final for final in self.plan.finals if not self._is_settled(final.id)]
-
-    def _is_settled(self, final_id: str) -> bool:
-        known = self.ledger.view.finals.get(final_id)
-        return known is not None and known["state"] != State.FAILED
-
-    def _train(self, trainings: Sequence[Training]) -> None:
-        """The train search: every trial is one training, every training one gang."""
-        if not trainings:
-            return
-        sweep = self.setting.sweep.spec
-        at_once = sweep.limits.max_concurrent or num_gangs(sweep.resources)
-        with tempfile.TemporaryDirectory(prefix="fairway-gangs-") as gangs:
-            jobs = [self._training_job(training, gangs) for training in trainings]
-            self._search(train_trial, jobs, driver_resources(), at_once, Recorder(self, "training"))
-
-    def _training_job(self, training: Training, ray_storage: str) -> dict[str, Any]:
-        sweep = self.setting.sweep.spec
-        return {
-            "training": training.id,
-            "name": training.id,
-            "store": str(self.store.root.resolve()),
-            "data": str(self.setting.dataset.folder.resolve()),
-            "task": dump(training.task),
-            "resources": dump(sweep.resources),
-            "gpus": sweep.resources.gpus_per_worker,
-            "cpus_per_worker": sweep.resources.cpus_per_worker,
-            "device": "cuda" if sweep.resources.gpus_per_worker else "cpu",
-            "infra_retries": sweep.limits.infra_retries,
-            "ray_storage": ray_storage,
-        }
-
-    def _finalize(self, finals: Sequence[Final]) -> None:
-        """The final search: every trial is one final of one bank."""
-        for final in finals:
-            if not self._is_trained(final.training):
-                self._final_failed(final, f"training {final.training} failed")
-        jobs = [self._final_job(final) for final in finals if self._is_trained(final.training)]
-        if jobs:
-            resources = self.setting.sweep.spec.resources
-            self._search(final_trial, jobs, resources.worker(), None, Recorder(self, "final"))
-
-    def _final_job(self, final: Final) -> dict[str, Any]:
-        resources = self.setting.sweep.spec.resources
-        return {
-            "final": final.id,
-            "training": final.training,
-            "artifact": final.artifact,
-            "hessians": final.hessians,
-            "store": str(self.store.root.resolve()),
-            "data": str(self.setting.dataset.folder.resolve()),
-            "task": dump(final.task),
-            "cpus": resources.cpus_per_worker,
-            "device": "cuda" if resources.gpus_per_worker else "cpu",
-        }
-
-    def _search(
-        self,
-        trial: Callable[[dict[str, Any]], None],
-        jobs: Sequence[dict[str, Any]],
-        resources: dict[str, float],
-        at_once: int | None,
-        recorder: "Recorder",
-    ) -> None:
-        # Tune's own records are of no use to us afterwards: the store and the ledger are.
-        with tempfile.TemporaryDirectory(prefix="fairway-tune-") as storage:
-            tune.Tuner(
-                tune.with_resources(trial, PlacementGroupFactory([resources])),
-                param_space={"job": tune.grid_search(list(jobs))},
-                tune_config=TuneConfig(max_concurrent_trials=at_once, reuse_actors=True),
-                run_config=RunConfig(
-                    name=self.plan.sweep_id, storage_path=storage, verbose=0, callbacks=[recorder]
-                ),
-            ).fit()
-
-    def training_started(self, training_id: str) -> None:
-        """Record that a training began, and watch its metrics."""
-        training = self.trainings[training_id]
-        self.ledger.append(
-            "training_started", training=training.id, point=training.point, seed=training.seed
-        )
-        label = run_name(training.point, training.id)
-        self.talk.say("training_started", training=training.id, **_short(training.point))
-        folder = self.store.folder("trainings", training.id)
-        self.watch.training_started(training.id, folder, training.task.train.iterations, label)
-
-    def training_ended(self, outcome: dict[str, Any]) -> None:
-        """Record what became of a training, as its trial reported it."""
-        training = self.trainings[outcome["training"]]
-        self.watch.training_ended(training.id)
-        self.cache_hits += outcome["cached"]
-        self._training_finished(
-            training,
-            State(outcome["state"]),
-            outcome["reason"],
-            outcome["result"],
-            cached=outcome["cached"],
-        )
-
-    def final_ended(self, outcome: dict[str, Any]) -> None:
-        """Record what became of a final: failed, quarantined or scored."""
-        final = self.finals[outcome["final"]]
-        self.watch.final_ended()
-        if outcome.get("state") == State.FAILED:
-            self._final_failed(final, outcome["reason"])
-        elif "quarantined" in outcome:
-            self._settle_final(final, State.ILLEGAL, outcome["quarantined"], None, cached=False)
+    def _search(self, launcher: Launcher) -> None:
+        """Both searches: trainings first, then finals of all their banks."""
+        search = self.spec.search
+        reserve_s = self._confirm_cost_s(launcher)
+        begun = [event["point"] for event in self.interrupted.values()]
+        trainings = self.choices.trainings(begun)
+        launcher.train(trainings, self._judge(), reserve_s=reserve_s)
+        self.recorder.settle_without_bank(self.plan.finals)
+        finals = self.choices.finals()
+        if search.final.rank_on == "validation":
+            launcher.finalize("final", finals, reserve_s=reserve_s)
         else:
-            self.cache_hits += outcome["cached"]
-            self._final_scored(final, outcome["result"], cached=outcome["cached"])
+            launcher.finalize("rank", finals, reserve_s=reserve_s)
+            chosen, passed = self.choices.ranked()
+            self.recorder.pass_over(passed)
+            launcher.finalize("final", self._unsettled(chosen), reserve_s=reserve_s)
+        if search.final.fit:
+            fits = self.choices.fits()
+            launcher.finalize("fit", self._unsettled(fits), reserve_s=reserve_s)
 
-    def _training_finished(
-        self,
-        training: Training,
-        state: State,
-        reason: str | None,
-        result: dict[str, Any] | None,
-        *,
-        cached: bool,
-    ) -> None:
-        if self._is_trained(training.id):
+    def _confirm(self, launcher: Launcher) -> None:
+        """The best points again, with the seeds that were written down for it, from step 0."""
+        if not self.spec.seeds.confirm or launcher.refusal is not None:
             return
+        self.recorder.phase = "confirm"
+        wanted = self.choices.confirmations()
+        trainings = {each.training.id: each.training for each in wanted}
+        left = [t for t in trainings.values() if not self.recorder.is_over(t.id)]
+        launcher.train(Planned(left), None, reserve_s=0.0)
+        for kind in ("final", "fit"):
+            finals = self.choices.confirmed_finals(wanted, fitted=kind == "fit")
+            launcher.finalize(kind, self._unsettled(finals), reserve_s=0.0)
+
+    def _unsettled(self, finals: Sequence[Any]) -> Planned[Any]:
+        return Planned([final for final in finals if not self.recorder.is_settled(final.id)])
+
+    def _judge(self) -> Judge | None:
+        stop = self.spec.search.train.stop
+        curve: dict[int, float] = {}
+        if isinstance(stop, ReferenceCurve):
+            folder = self.store.folder("trainings", stop.training)
+            if self.store.find("trainings", stop.training) is None:
+                raise UsageError(
+                    f"{self.setting.file}: search.train.stop.training: the store has no finished "
+                    f"training {stop.training}; name one of `fairway status`"
+                )
+            curve = read_curve(folder / "metrics.jsonl", "val/bpb")
+        return make_judge(stop, self.ledger.view.rungs, curve)
+
+    def _confirm_cost_s(self, launcher: Launcher) -> float:
+        """Worker-seconds that the confirmation is expected to take."""
+        num = len(self.spec.seeds.confirm) * self.spec.search.confirm.top
+        steps = self.plan.forecast["steps_straight"] // self.plan.num_trainings
+        return num * launcher.cost_of_steps_s(
+            steps, self.setting.sweep.recipe["train"].get("max_clock_s")
+        )
+
+    def _judge_confirmed(self) -> None:
+        if self.spec.gate is not None:
+            judged = judge_sweep(self.ledger.view, self.spec.gate, self.setting.site.paths)
+            self.ledger.append("verdict", gate=judged)
+            self.talk.say("verdict", gate=judged["verdict"], reason=judged["reason"])
+
+    def _close(self, state: State, reason: str | None) -> None:
         self.ledger.append(
-            "training_finished",
-            training=training.id,
-            point=training.point,
-            seed=training.seed,
-            state=state,
-            reason=reason,
-            cached=cached,
-            result=result,
+            "sweep_finished", state=state, cache_hits=self.recorder.cache_hits, reason=reason
         )
-        parity_bpb = result["parity_bpb"] if result else None
-        self.talk.say(
-            "training_finished",
-            training=training.id,
-            state=state,
-            reason=reason,
-            cached=cached,
-            bpb=parity_bpb,
-        )
-
-    def _final_failed(self, final: Final, reason: str) -> None:
-        self._settle_final(final, State.FAILED, reason, None, cached=False)
-
-    def _final_scored(self, final: Final, result: dict[str, Any], *, cached: bool) -> None:
-        training = self.ledger.view.trainings[final.training]["result"]
-        state, reason = settle(result, training, self.setting.sweep.constraints)
-        self._settle_final(final, state, reason, result, cached=cached)
-
-    def _settle_final(
-        self,
-        final: Final,
-        state: State,
-        reason: str | None,
-        result: dict[str, Any] | None,
-        *,
-        cached: bool,
-    ) -> None:
-        if self._is_settled(final.id):
-            return
-        self.ledger.append(
-            "final_scored",
-            final=final.id,
-            training=final.training,
-            point=final.point,
-            seed=final.seed,
-            state=state,
-            reason=reason,
-            cached=cached,
-            result=result,
-        )
-        self.talk.say(
-            "final_scored",
-            final=final.id,
-            bpb=result["score"]["val_bpb"] if result else None,
-            bytes=result["artifact_bytes"] if result else None,
-            state=state if state != State.SUCCEEDED else None,
-            reason=reason,
-            **_short(final.point),
-        )
-
-    def _close(self, state: State) -> None:
-        self.ledger.append("sweep_finished", state=state, cache_hits=self.cache_hits)
-        self.talk.say("sweep_finished", sweep=self.plan.sweep_id, state=state)
-
-
-def _short(point: dict[str, Any]) -> dict[str, Any]:
-    return {path.rpartition(".")[2]: value for path, value in point.items()}
-
-
-class Recorder(tune.Callback):
-    """Tells the run what becomes of Tune's trials, in the driver's process."""
-
-    def __init__(self, run: SweepRun, kind: str) -> None:
-        self.run = run
-        self.kind = kind
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles callbacks into records of its own, which nothing here ever restores.
-        return {"kind": self.kind}
-
-    def on_trial_start(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
-    ) -> None:
-        if self.kind == "training":
-            self.run.training_started(trial.config["job"]["training"])
-
-    def on_trial_complete(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
-    ) -> None:
-        self._end(json.loads(trial.last_result["outcome"]))
-
-    def on_trial_error(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
-    ) -> None:
-        # What a trial can catch it reports; only the death of its process ends here.
-        self._end(
-            {
-                self.kind: trial.config["job"][self.kind],
-                "state": State.FAILED,
-                "reason": "the trial's process died",
-                "result": None,
-                "cached": False,
-            }
-        )
-
-    def _end(self, outcome: dict[str, Any]) -> None:
-        if self.kind == "training":
-            self.run.training_ended(outcome)
-        else:
-            self.run.final_ended(outcome)
+        self.talk.say("sweep_finished", sweep=self.plan.sweep_id, state=state, reason=reason)

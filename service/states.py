@@ -13,6 +13,10 @@ class State(StrEnum):
     """Finished, but over a byte or value limit of the sweep: visible, never best."""
     ILLEGAL = "illegal"
     """Finished, but over a clock or against an audit rule: visible, never best."""
+    STOPPED = "stopped"
+    """Ended early on purpose, with the reason: a training that a rung or the budget stopped, a
+    final that was ranked on held-out shards and not among those scored on validation."""
+    CANCELLED = "cancelled"
     FAILED = "failed"
     LOST = "lost"
     """A sweep whose driver is gone before its end; the same command goes on."""

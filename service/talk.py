@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -50,7 +51,7 @@ class Watch:
 
     def __init__(self, talk: Talk, num_finals: int) -> None:
         self.talk = talk
-        self._trainings: dict[str, tuple[Path, int, str]] = {}
+        self._trainings: dict[str, tuple[Sequence[Path], int, str]] = {}
         self._finals_done = 0
         self._num_finals = num_finals
         self._stop = threading.Event()
@@ -69,8 +70,9 @@ class Watch:
         self._stop.set()
         self._thread.join()
 
-    def training_started(self, stage: str, folder: Path, steps: int, label: str) -> None:
-        self._trainings[stage] = (folder / "metrics.jsonl", steps, label)
+    def training_started(self, stage: str, folders: Sequence[Path], steps: int, label: str) -> None:
+        """Watch a training: its own folder, then those of the trunks that come before it."""
+        self._trainings[stage] = [folder / "metrics.jsonl" for folder in folders], steps, label
 
     def training_ended(self, stage: str) -> None:
         self._trainings.pop(stage, None)
@@ -94,28 +96,29 @@ class Watch:
             bars: dict[str, int] = {}
             while not self._stop.wait(self.PERIOD_S):
                 progress.update(finals, completed=self._finals_done)  # type: ignore[arg-type]
-                for stage, (path, steps, label) in list(self._trainings.items()):
+                for stage, (paths, steps, label) in list(self._trainings.items()):
                     bar = bars.get(stage)
                     if bar is None:
                         bar = bars[stage] = progress.add_task(
                             escape(label), total=steps, note="starting"
                         )
-                    step, note = _latest(path)
+                    step, note = _latest(paths)
                     progress.update(bar, completed=step, note=note)  # type: ignore[arg-type]
                 for stage in bars.keys() - self._trainings.keys():
                     progress.remove_task(bars.pop(stage))  # type: ignore[arg-type]
 
     def _lines(self) -> None:
         while not self._stop.wait(self.PERIOD_S * self.LINE_EVERY):
-            for stage, (path, steps, _) in list(self._trainings.items()):
-                step, note = _latest(path)
+            for stage, (paths, steps, _) in list(self._trainings.items()):
+                step, note = _latest(paths)
                 self.talk.say("training_progress", training=stage, step=step, of=steps, at=note)
 
 
-def _latest(path: Path) -> tuple[int, str]:
-    """The last step in a journal, and its newest loss and score in words."""
+def _latest(paths: Sequence[Path]) -> tuple[int, str]:
+    """The last step in the first journal that is there, and its newest loss and score in words."""
     step, seen = 0, {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    path = next((path for path in paths if path.is_file()), None)
+    lines = path.read_text(encoding="utf-8").splitlines() if path else []
     for line in lines[-40:]:
         try:
             point = json.loads(line)

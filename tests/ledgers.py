@@ -122,9 +122,12 @@ class Sweep:
             training=key,
             point=point,
             seed=self.seed,
+            phase="search",
             state="succeeded",
             reason=None,
             cached=cached,
+            tries=0 if cached else 1,
+            occupied_s=0.0 if cached else 600.0,
             result=result,
         )
 
@@ -139,8 +142,10 @@ class Sweep:
             "reason": f"artifact_bytes is {over:,} over the cap" if over > 0 else None,
             "cached": False,
             "result": result,
+            "phase": "search",
             **overrides,
         }
+        facts["occupied_s"] = 0.0 if facts["cached"] else 95.0
         folder = self.paths.store / "finals" / key
         write_json(folder / "task.json", {"final": point, "seed": self.seed})
         if facts["result"] is not None:

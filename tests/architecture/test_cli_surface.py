@@ -10,15 +10,24 @@ from trainer import errors
 
 SURFACE = """\
 audit SUBJECT --liveness --profile --probe/--no-probe --limit -S --home -o/--output
+baseline list -o/--output
+baseline measure [SWEEP] --home -o/--output
+baseline plan SUBJECT --gain-nats --mode --min-gain-nats --alpha --power --paired --gpu-seconds \
+--usd-per-gpu-hour --home -o/--output
+baseline show BASELINE -o/--output
 best [SWEEP] --home -o/--output
+compare SIDES --home -o/--output
 data fetch [VARIANT] --train-shards --holdout/--no-holdout --name --base-url --repo --home
 data ls --home -o/--output
 data prepare [SOURCES] --name --embedded --tokenizer --vocab-size --val-fraction \
 --holdout-fraction --shard-tokens --seed --home
 data verify NAME --home
+doctor [SWEEP_FILE] -S --verify --home --address -o/--output
 fit BANK --cap -S --entry --recipe --data --train-tokens --tokens --tokenizer --limit --window \
 --stride --variant --dtype --out --home -o/--output
+gate SUBJECT --against --mode --min-gain-nats --alpha --home -o/--output
 import FILE --recipe -o/--out -S
+plan SWEEP_FILE -S --step-seconds --home -o/--output
 quantize BANK -o/--out -S --entry --recipe --data --train-tokens --tokenizer --dtype --home --output
 recipes [NAME] -o/--output
 report [SWEEP] --home -o/--output --open
@@ -34,6 +43,8 @@ validate SWEEP_FILE -S --home -o/--output
 EXIT_CODES = {
     "FairwayError": 1,
     "TrainingError": 1,
+    "OutOfMemory": 1,
+    "Stopped": 1,
     "UsageError": 2,
     "DataError": 2,
     "InfeasibleError": 3,

@@ -17,8 +17,9 @@ PACKAGES = ("service", "trainer", "tune_spaces")
 
 FILE_LINES = 400
 FUNCTION_LINES = 60
-LONGER_FUNCTIONS = {"trainer/train/loop.py:train": 120}
 PARAMETERS = 7
+# What `train` takes, and where to leave what.
+MORE_PARAMETERS = {"trainer/run.py:grow_trunk": 8}
 NESTING = 4
 # A method of so few lines says what it does; torch and Ray say it of the methods they call.
 SELF_EVIDENT_LINES = 5
@@ -59,8 +60,7 @@ def test_functions_stay_within_their_budget(sources: list[Source]) -> None:
         f"{source.path}:{function.lineno}: {function.name} has {num} lines"
         for source in sources
         for function in _functions(source.tree)
-        if (num := (function.end_lineno or 0) - function.lineno + 1)
-        > LONGER_FUNCTIONS.get(f"{source.path}:{function.name}", FUNCTION_LINES)
+        if (num := (function.end_lineno or 0) - function.lineno + 1) > FUNCTION_LINES
     ]
 
     _none(long, f"split by step; a function has at most {FUNCTION_LINES} lines")
@@ -72,7 +72,9 @@ def test_functions_take_few_parameters(sources: list[Source]) -> None:
         f"{source.path}:{function.lineno}: {function.name} takes {num}"
         for source in sources
         for function in _functions(source.tree)
-        if (num := _num_parameters(function)) > PARAMETERS and not _is_command(function)
+        if (num := _num_parameters(function))
+        > MORE_PARAMETERS.get(f"{source.path}:{function.name}", PARAMETERS)
+        and not _is_command(function)
     ]
 
     _none(greedy, f"hand over a frozen value; a function takes at most {PARAMETERS} parameters")

@@ -18,12 +18,15 @@ ROOT = Path(__file__).resolve().parents[2]
 # Where configuration is declared. Results and manifests are records: they may hold mappings.
 CONFIGURATION = ("trainer/specs", "tune_spaces", "service")
 # The sweep file's own mappings: their keys are dotted paths, so no class can list them.
-MAPPINGS = {"SweepSpec.space", "SweepSpec.overrides"}
+MAPPINGS = {"SweepSpec.space", "SweepSpec.overrides", "SweepSpec.derived"}
 # One value that suits every required field of a type; 2048 is even, and no warmdown exceeds it.
 REQUIRED: dict[Any, Any] = {int: 2048, float: 0.5, str: "sp1024"}
 # What a spec's own invariant asks for beyond its required fields.
 INVARIANTS: dict[str, dict[str, Any]] = {
     "Axis": {"values": (2, 0.5, "none", True)},
+    "Baseline": {"mean": 1.0},
+    "Budget": {"gpu_hours": 0.5},
+    "Departure": {"step": 5},
     "Late": {"progress": 0.5},
     "Qat": {"mlp_bits": 6},
 }

@@ -31,6 +31,7 @@ resources: {workers: 2, start_timeout_s: 300}
 limits: {max_concurrent: 1}
 """
 NUM_TRAININGS, NUM_FINALS, NUM_STEPS = 2, 8, 160
+TRUNK_STEPS, TAIL_STEPS = 150, (10, 20)  # the warmdowns are the tails
 
 
 @dataclass(frozen=True)

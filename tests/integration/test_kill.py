@@ -11,7 +11,8 @@ import pytest
 
 from tests.integration.conftest import (
     NUM_FINALS,
-    NUM_STEPS,
+    TAIL_STEPS,
+    TRUNK_STEPS,
     Cli,
     Finished,
     by_point,
@@ -45,15 +46,15 @@ def count(cli: Cli, event: str) -> int:
 
 
 def has_checkpoint(cli: Cli) -> bool:
-    return any(cli.home.glob("store/trainings/*/checkpoint/*/index.json"))
+    return any(cli.home.glob("store/states/*/trunk/checkpoint/*/index.json"))
 
 
 @pytest.fixture(scope="module")
 def killed_twice(tmp_path_factory: pytest.TempPathFactory) -> Cli:
-    """A sweep killed within its second training, then within its finals, then run to its end."""
+    """A sweep killed within its trunk, then within its finals, then run to its end."""
     cli = make_cli(tmp_path_factory.mktemp("killed"))
     cli.home.mkdir()
-    kill_when(cli, lambda: count(cli, "training_finished") == 1 and has_checkpoint(cli))
+    kill_when(cli, lambda: has_checkpoint(cli))
     kill_when(cli, lambda: count(cli, "final_scored") >= 3)
     done = cli.run()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -76,12 +77,14 @@ def test_the_ledger_has_each_stage_once(killed_twice: Cli):
 
 
 def test_what_was_finished_is_not_computed_again(killed_twice: Cli):
-    trained = [e for e in events(killed_twice.home) if e["event"] == "training_finished"]
+    told = events(killed_twice.home)
+    (trunk,) = [e for e in told if e["event"] == "trunk_finished"]
+    tails = [e["result"]["steps_computed"] for e in told if e["event"] == "training_finished"]
     status = killed_twice.json("status")
 
-    assert trained[0]["result"]["steps_computed"] == NUM_STEPS
-    assert trained[1]["result"]["steps_computed"] < NUM_STEPS  # went on from its checkpoint
-    assert status["trained_steps"] == sum(e["result"]["steps_computed"] for e in trained)
+    assert 0 < trunk["steps_computed"] < TRUNK_STEPS  # went on from its checkpoint
+    assert sorted(tails) == sorted(TAIL_STEPS)
+    assert status["trained_steps"] == trunk["steps_computed"] + sum(tails)
     assert status["cache_hits"] >= 2 + 3
 
 

@@ -12,8 +12,9 @@ from service.paths import Paths
 from service.tracking import default_uri
 from tests.integration.conftest import (
     NUM_FINALS,
-    NUM_STEPS,
     NUM_TRAININGS,
+    TAIL_STEPS,
+    TRUNK_STEPS,
     Finished,
     by_point,
     events,
@@ -24,9 +25,10 @@ def test_four_finals_come_from_each_training_and_none_trains_again(finished: Fin
     status = finished.cli.json("status", "micro")
 
     assert status["state"] == "succeeded"
-    assert status["trainings"] == {"total": 2, "done": 2, "running": 0, "failed": 0}
+    assert status["trunks"] == {"total": 1, "done": 1}
+    assert (status["trainings"]["total"], status["trainings"]["done"]) == (2, 2)
     assert status["finals"]["done"] == NUM_FINALS
-    assert status["trained_steps"] == NUM_TRAININGS * NUM_STEPS
+    assert status["trained_steps"] == TRUNK_STEPS + sum(TAIL_STEPS)
     assert status["gpu_seconds"] == 0  # gangs of CPUs
 
 
@@ -81,7 +83,7 @@ def test_running_again_computes_nothing(finished: Finished):
     status = finished.cli.json("status", "micro")
     assert done.returncode == 0, done.stderr
     assert status["cache_hits"] == NUM_TRAININGS + NUM_FINALS
-    assert status["trained_steps"] == NUM_TRAININGS * NUM_STEPS
+    assert status["trained_steps"] == TRUNK_STEPS + sum(TAIL_STEPS)
     assert by_point(finished.cli.home, ["weights_sha256"]) == before
 
 

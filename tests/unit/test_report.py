@@ -123,9 +123,21 @@ def test_status_counts_every_state(tmp_path: Path) -> None:
     status = report.status_document(view)
 
     assert status["state"] == "running"
-    assert status["trainings"] == {"total": 2, "done": 1, "running": 0, "failed": 0}
-    expected = {"total": 16, "done": 3, "infeasible": 1, "illegal": 1, "failed": 1}
-    assert status["finals"] == expected
+    assert status["trainings"] == {
+        "total": 2,
+        "done": 1,
+        "running": 0,
+        "stopped": 0,
+        "failed": 0,
+    }
+    assert status["finals"] == {
+        "total": 16,
+        "done": 3,
+        "ranked": 0,
+        "infeasible": 1,
+        "illegal": 1,
+        "failed": 1,
+    }
     assert status["cache_hits"] == 1
 
 
@@ -151,7 +163,30 @@ def test_cached_trainings_cost_nothing(tmp_path: Path) -> None:
         status = report.status_document(ledger.view)
 
     assert status["trained_steps"] == 7_000
-    assert status["gpu_seconds"] == status["worker_seconds"] == pytest.approx(598.4 * 8)
+    assert status["gpu_seconds"] == status["worker_seconds"] == pytest.approx(600.0 * 8)
+
+
+def test_the_cost_is_told_by_phase_and_in_money(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path)
+    with sweep.open() as ledger:
+        sweep.start(ledger)
+        sweep.train(ledger, sweep.train_points()[0])
+        sweep.score(ledger, sweep.final_points(sweep.train_points()[0])[0])
+        ledger.view.started["spec"]["budget"] = {"usd_per_gpu_hour": 2.0}
+
+        status = report.status_document(ledger.view)
+
+    assert status["worker_seconds_by_phase"] == {"search": 4_800.0, "final": 95.0, "confirm": 0.0}
+    assert status["usd"] == pytest.approx(4_895.0 / 3_600 * 2, abs=0.01)
+
+
+def test_what_the_search_stopped_is_neither_done_nor_failed(tmp_path: Path) -> None:
+    view = scored(Sweep(tmp_path), {"state": "stopped", "reason": "place 9", "result": None})
+
+    status = report.status_document(view)
+
+    assert status["finals"]["done"] == status["finals"]["failed"] == 0
+    assert report.final_rows(view)[0].reason == "place 9"
 
 
 def test_gpu_seconds_are_zero_without_gpus(view: SweepView) -> None:

@@ -1,0 +1,312 @@
+"""What happens to a sweep, written into its ledger and said aloud. Decides nothing but a state."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+
+from service.clocks import ClockPolicy
+from service.labels import run_name
+from service.ledger import RETRIED, Ledger, SweepView
+from service.limits import settle_ranked
+from service.plan import Final, Training, Trunk
+from service.policies import settle
+from service.states import State
+from service.store import Store
+from service.sweep import Constraint
+from service.talk import Talk, Watch
+
+Outcome = dict[str, Any]
+
+
+class Recorder:
+    """Turns what trials report into events, once for each stage."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        store: Store,
+        talk: Talk,
+        constraints: Sequence[Constraint],
+        clocks: ClockPolicy,
+    ) -> None:
+        self.ledger = ledger
+        self.store = store
+        self.talk = talk
+        self.constraints = constraints
+        self.clocks = clocks
+        self.watch: Watch | None = None
+        self.phase = "search"
+        self.cache_hits = 0
+        self.num_failed = 0
+        self.paid: dict[str, dict[str, Any]] = {}
+        """What the broker says that jobs took: a trial that died cannot tell."""
+        self.trainings: dict[str, Training] = {}
+        self.finals: dict[str, Final] = {}
+
+    @property
+    def view(self) -> SweepView:
+        return self.ledger.view
+
+    def is_trained(self, training_id: str) -> bool:
+        """Whether a training left a bank."""
+        known = self.view.trainings.get(training_id)
+        return known is not None and known["state"] == State.SUCCEEDED
+
+    def is_over(self, training_id: str) -> bool:
+        """Whether a training has ended in a way that another run does not try again."""
+        known = self.view.trainings.get(training_id)
+        return known is not None and known["state"] not in RETRIED
+
+    def is_settled(self, final_id: str) -> bool:
+        """Whether a final counts as done, in the phase that the sweep is in."""
+        known = self.view.finals.get(final_id)
+        if known is None or known["state"] in RETRIED:
+            return False
+        return self.phase != "confirm" or known.get("phase") == "confirm"
+
+    def is_ranked(self, final_id: str) -> bool:
+        """Whether a final has its score on held-out shards, or cannot have one."""
+        known = self.view.ranked.get(final_id)
+        return known is not None and known["state"] not in RETRIED
+
+    def expect(self, stage: Training | Final) -> None:
+        """Remember what a stage is, for when its trial speaks of it by its id."""
+        if isinstance(stage, Training):
+            self.trainings[stage.id] = stage
+        else:
+            self.finals[stage.id] = stage
+
+    def settle_without_bank(self, finals: Sequence[Final]) -> None:
+        """Settle the finals whose training failed or was stopped: there is nothing to score."""
+        for final in finals:
+            training = self.view.trainings.get(final.training)
+            if training is not None and training["state"] in (State.FAILED, State.STOPPED):
+                state = State(training["state"])
+                reason = f"training {final.training} {state}: {training['reason']}"
+                self.final_scored(final, (state, reason), {})
+
+    def pass_over(self, finals: Sequence[tuple[Final, int, float]]) -> None:
+        """Settle the finals that their place on held-out shards keeps from validation."""
+        for final, place, bpb in finals:
+            reason = f"place {place} on held-out training shards, {bpb:.4f} bpb"
+            self.final_scored(final, (State.STOPPED, reason), {})
+
+    def training_started(self, training: Training, trunks: Sequence[str] = ()) -> None:
+        """A trial has taken a training on, with the trunks that come before it, the last first."""
+        self.ledger.append(
+            "training_started",
+            training=training.id,
+            point=training.point,
+            seed=training.seed,
+            phase=self.phase,
+            branch=training.branch,
+        )
+        self.talk.say("training_started", training=training.id, **short(training.point))
+        if self.watch is not None:
+            folders = [self.store.folder("trainings", training.id)]
+            folders += [self.store.folder("states", trunk) / "trunk" for trunk in trunks]
+            steps, label = training.task.train.iterations, run_name(training.point, training.id)
+            self.watch.training_started(training.id, folders, steps, label)
+
+    def training_ended(self, outcome: Outcome) -> None:
+        """A trial says what became of its training and of the trunks that it needed."""
+        training = self.trainings[outcome["training"]]
+        if self.watch is not None:
+            self.watch.training_ended(training.id)
+        for trunk in outcome.get("trunks", ()):
+            self.trunk_finished(trunk)
+        self.training_finished(training, outcome)
+
+    def trunk_finished(self, outcome: Outcome) -> None:
+        """A trunk has left all its states."""
+        if outcome["trunk"] in self.view.trunks:
+            return
+        paid = self.paid.get(outcome["trunk"])
+        if paid is not None:
+            outcome = {**outcome, **paid, "cached": False}
+        self.ledger.append(
+            "trunk_finished", **{"state": State.SUCCEEDED, "reason": None, **outcome}
+        )
+        shown = {name: outcome[name] for name in ("trunk", "cached", "steps_computed")}
+        self.talk.say("trunk_finished", states=len(outcome["states"]), **shown)
+
+    def training_finished(self, training: Training, outcome: Outcome) -> None:
+        """A training has ended: with a bank, or with the reason why not."""
+        if self.is_over(training.id):
+            return
+        result = outcome["result"]
+        paid = self.paid.get(training.id)
+        if outcome["cached"] and paid is not None:
+            outcome = {**outcome, **paid, "cached": False}
+        self.cache_hits += outcome["cached"]
+        self.num_failed += outcome["state"] == State.FAILED
+        self.ledger.append(
+            "training_finished",
+            training=training.id,
+            point=training.point,
+            seed=training.seed,
+            phase=self.phase,
+            state=outcome["state"],
+            reason=outcome["reason"],
+            cached=outcome["cached"],
+            tries=outcome.get("tries", 0),
+            occupied_s=outcome.get("occupied_s", 0.0),
+            result=result,
+        )
+        self.talk.say(
+            "training_finished",
+            training=training.id,
+            state=outcome["state"],
+            reason=outcome["reason"],
+            cached=outcome["cached"],
+            bpb=result["parity_bpb"] if result else None,
+        )
+
+    def final_ended(self, outcome: Outcome) -> None:
+        """A trial says what became of its final."""
+        final = self.finals[outcome["final"]]
+        if self.watch is not None:
+            self.watch.final_ended()
+        if outcome.get("state") == State.FAILED:
+            self.num_failed += 1
+            settled = State.FAILED, outcome["reason"]
+        elif "quarantined" in outcome:
+            settled = State.ILLEGAL, outcome["quarantined"]
+        elif "infeasible" in outcome:
+            settled = State.INFEASIBLE, outcome["infeasible"]
+        elif outcome["kind"] == "rank":
+            settled = settle_ranked(outcome["result"], self.constraints)
+        else:
+            training = self.view.trainings[final.training]["result"]
+            settled = settle(outcome["result"], training, self.constraints, self.clocks)
+        record = self.final_ranked if outcome["kind"] == "rank" else self.final_scored
+        record(final, settled, outcome)
+
+    def final_ranked(
+        self, final: Final, settled: tuple[State, str | None], outcome: Outcome
+    ) -> None:
+        """A final has its score on held-out training shards."""
+        state, reason = settled
+        if self.is_ranked(final.id):
+            return
+        result = outcome.get("result")
+        self.ledger.append("final_ranked", **_facts(final, state, reason, outcome))
+        self.talk.say(
+            "final_ranked",
+            final=final.id,
+            holdout_bpb=result["holdout_bpb"] if result else None,
+            bytes=result["artifact_bytes"] if result else None,
+            state=state if state != State.SUCCEEDED else None,
+            reason=reason,
+            **short(final.point),
+        )
+
+    def final_scored(
+        self, final: Final, settled: tuple[State, str | None], outcome: Outcome
+    ) -> None:
+        """A final is settled: scored on validation, or with the reason why not."""
+        if self.is_settled(final.id):
+            return
+        state, reason = settled
+        result = outcome.get("result")
+        self.cache_hits += bool(outcome.get("cached"))
+        facts = _facts(final, state, reason, outcome)
+        fitted = {"fitted": True} if outcome.get("kind") == "fit" else {}
+        self.ledger.append("final_scored", **facts, phase=self.phase, **fitted)
+        self.talk.say(
+            "final_scored",
+            final=final.id,
+            bpb=result["score"]["val_bpb"] if result else None,
+            bytes=result["artifact_bytes"] if result else None,
+            state=state if state != State.SUCCEEDED else None,
+            reason=reason,
+            **short(final.point),
+        )
+
+    def happened(self, event: Mapping[str, Any]) -> None:
+        """A gang's own event: waiting, gang_started, rung, or the end of a job."""
+        if event["event"] == "job_ended":
+            self.paid[event["job"]] = {n: event[n] for n in ("tries", "occupied_s")}
+            return
+        facts = {name: value for name, value in event.items() if name != "event"}
+        self.ledger.append(event["event"], **facts)
+        plain = {k: v for k, v in facts.items() if isinstance(v, str | int | float | bool)}
+        self.talk.say(event["event"], **plain)
+
+
+def _facts(final: Final, state: State, reason: str | None, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "final": final.id,
+        "training": final.training,
+        "point": final.point,
+        "seed": final.seed,
+        "state": state,
+        "reason": reason,
+        "cached": bool(outcome.get("cached")),
+        "occupied_s": outcome.get("occupied_s", 0.0),
+        "result": outcome.get("result"),
+    }
+
+
+def short(point: Mapping[str, Any]) -> dict[str, Any]:
+    """A point by the last words of its paths."""
+    return {path.rpartition(".")[2]: value for path, value in point.items()}
+
+
+def trunk_found(store: Store, trunk: Trunk) -> Outcome | None:
+    """What the ledger says of a trunk that the store has; None if a state of it is missing."""
+    results = [store.find("states", state.id) for state in trunk.states]
+    if any(result is None for result in results):
+        return None
+    return {
+        "trunk": trunk.id,
+        "states": [state.id for state in trunk.states],
+        "cached": True,
+        "steps_computed": sum(result["steps_computed"] for result in results if result),
+        "occupied_s": 0.0,
+        "tries": 0,
+    }
+
+
+class TrialWatch(tune.Callback):
+    """Hears of Tune's trials in the driver's process and tells the recorder."""
+
+    def __init__(self, recorder: Recorder, kind: str) -> None:
+        self.recorder = recorder
+        self.kind = kind
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles callbacks into records of its own, which nothing here ever restores.
+        return {"kind": self.kind}
+
+    def on_trial_start(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        if self.kind == "training":
+            trunks = [trunk["id"] for trunk in json.loads(trial.config["job"])["trunks"]]
+            training = self.recorder.trainings[trial.config["stage"]]
+            self.recorder.training_started(training, trunks[::-1])
+
+    def on_trial_complete(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        self._end(json.loads(trial.last_result["outcome"]))
+
+    def on_trial_error(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        # What a trial can catch it reports; only the death of its process, again and again, ends
+        # here.
+        lost = {"state": State.FAILED, "reason": "the trial's process died", "result": None}
+        work = {"kind": self.kind, "cached": False}
+        name = "training" if self.kind == "training" else "final"
+        self._end({name: trial.config["stage"], **work, **lost})
+
+    def _end(self, outcome: Outcome) -> None:
+        if self.kind == "training":
+            self.recorder.training_ended(outcome)
+        else:
+            self.recorder.final_ended(outcome)
