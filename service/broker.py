@@ -9,6 +9,7 @@ job is given up. All methods run on one event loop, so none needs a lock. Pure: 
 import asyncio
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,8 @@ class Gang:
     barren: int = 0
     """Train runs in a row that ended before they had taken a job."""
     is_retired: bool = False
+    epoch: int = 0
+    """Raised when its workers may be others: Ray leaves the calls of the former ones waiting."""
 
 
 class Broker:
@@ -102,11 +105,14 @@ class Broker:
 
     async def run(self, what: dict[str, Any]) -> Outcome:
         """Have a job done and return its outcome. Asking again while it is under way, or after it
-        was done, attaches to it; one that failed or was cancelled is then done again."""
+        was done, attaches to it; one that failed or was cancelled is then done again, except a
+        trunk that failed: each of its tails asks for it, and all learn the same at no cost."""
         job = self._jobs.get(what["id"])
         if job is not None and job.done.done() and job.is_delivered:
-            is_over = job.done.result()["state"] not in (State.FAILED, State.CANCELLED)
-            job = job if is_over else None
+            known = job.done.result()
+            if job.what["kind"] == "trunk" and known["state"] == State.FAILED:
+                return {**known, "tries": 0, "occupied_s": 0.0}
+            job = None if known["state"] in (State.FAILED, State.CANCELLED) else job
         if job is None:
             job = Job(what, asyncio.get_running_loop().create_future())
             self._jobs[job.id] = job
@@ -170,6 +176,7 @@ class Broker:
         """
         it = self._gangs[gang]
         it.is_up = False
+        it.epoch += 1
         self._seekers.discard(gang)
         if fault is not None:
             it.barren = 0 if it.taken or unplaced else it.barren + 1
@@ -189,24 +196,16 @@ class Broker:
 
     async def hello(self, gang: str, ranks: list[dict[str, Any]]) -> str | None:
         """Take the fingerprints of a gang that is up; return why it cannot work, if so."""
+        self._gangs[gang].epoch += 1
         fault = unlike(ranks)
         if fault is not None:
             await self.unfit(gang, f"{gang}: {fault}")
             return fault
         self._gangs[gang].is_up = True
         nodes = [{k: v for k, v in rank.items() if k != "tflops"} for rank in ranks]
-        self._events.append(
-            {
-                "event": "gang_started",
-                "gang": gang,
-                "workers": len(ranks),
-                "nodes": nodes,
-                "probe": {
-                    "tflops": [rank["tflops"] for rank in ranks],
-                    "warnings": doubts(ranks),
-                },
-            }
-        )
+        probe = {"tflops": [rank["tflops"] for rank in ranks], "warnings": doubts(ranks)}
+        facts = {"gang": gang, "workers": len(ranks), "nodes": nodes, "probe": probe}
+        self._events.append({"event": "gang_started", **facts})
         return None
 
     async def unfit(self, gang: str, fault: str) -> None:
@@ -219,7 +218,7 @@ class Broker:
         await self._notify()
 
     async def take(self, gang: str) -> dict[str, Any] | None:
-        """Return the gang's next job, or None: it shall end.
+        """Return the gang's next job, or None: it shall end, or has new workers since it asked.
 
         A lease that is still open is one whose workers were lost: the same job again.
         """
@@ -228,11 +227,10 @@ class Broker:
             await self.fault(gang, "a worker was lost")
         if it.lease is None and self._one_each and it.taken:
             return None
-        if it.lease is None:
-            it.lease = await self._next(gang)
-        if it.lease is None:
+        job = it.lease or await self._next(gang)
+        if job is None:
             return None
-        job = it.lease
+        it.lease = job
         job.tries += 1
         job.leased_at = time.monotonic()
         job.failures.clear()
@@ -240,15 +238,22 @@ class Broker:
         return job.what
 
     async def _next(self, gang: str) -> Job | None:
+        it = self._gangs[gang]
+        epoch = it.epoch = it.epoch + 1
         self._seekers.add(gang)
         try:
             async with asyncio.timeout(self._idle_s), self._changed:
-                await self._changed.wait_for(lambda: self._refusal is not None or self._queue)
-                return self._queue.popleft() if self._queue else None
+                self._changed.notify_all()  # an older call of this gang is to leave
+                await self._changed.wait_for(
+                    lambda: it.epoch != epoch or self._refusal is not None or self._queue
+                )
+                is_ours = it.epoch == epoch and it.lease is None
+                return self._queue.popleft() if is_ours and self._queue else None
         except TimeoutError:
             return None  # idle for so long: others may have its place
         finally:
-            self._seekers.discard(gang)
+            if it.epoch == epoch:  # else its new workers are the ones that seek
+                self._seekers.discard(gang)
 
     async def finish(self, gang: str, job_id: str, state: str, reason: str | None = None) -> None:
         """Settle a gang's job. One that left because it was told to ends as what it was told."""
@@ -266,6 +271,8 @@ class Broker:
         """Learn that a try was lost. The job stays the gang's own until its tries are used up."""
         it = self._gangs[gang]
         it.is_up = False
+        it.epoch += 1
+        await self._notify()
         job = it.lease
         if job is None:
             return
@@ -285,22 +292,24 @@ class Broker:
     async def failed(self, gang: str, job_id: str, rank: int, reason: str) -> bool:
         """Learn from each rank that a job failed, and settle it once all have said so.
 
-        False if some rank never says it: the one that failed alone has left the others inside a
-        collective, and only new workers help.
+        False if only new workers help: some rank never says it, left inside a collective, or all
+        only heard of it, from one that raised what is no fault of the job, so nothing is settled.
         """
-        job = self._jobs[job_id]
+        job, it = self._jobs[job_id], self._gangs[gang]
+        epoch = it.epoch
         job.failures[rank] = reason
         await self._notify()
-        is_agreed = True
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(self._meeting_s), self._changed:
-                await self._changed.wait_for(lambda: len(job.failures) == self._workers)
-        except TimeoutError:
-            is_agreed = False
+                await self._changed.wait_for(
+                    lambda: it.epoch != epoch or len(job.failures) == self._workers
+                )
         # A rank that only heard of the failure knows less than the one that had it.
         own = [text for text in job.failures.values() if not text.startswith(ELSEWHERE)]
-        await self.finish(gang, job_id, State.FAILED, (own or [reason])[0])
-        return is_agreed
+        if it.epoch != epoch or not own:
+            return False
+        await self.finish(gang, job_id, State.FAILED, own[0])
+        return len(job.failures) == self._workers
 
     async def steer(self, job_id: str, step: int, val_bpb: float | None) -> str | None:
         """Return why a job is to stop, None if it goes on. A validation is put to the judge."""
@@ -309,16 +318,9 @@ class Broker:
             reason = self._judge.ask(job_id, step, val_bpb)
             if step not in job.rungs:  # a resumed training asks again
                 job.rungs.add(step)
-                self._events.append(
-                    {
-                        "event": "rung",
-                        "training": job_id,
-                        "step": step,
-                        "val_bpb": val_bpb,
-                        "verdict": "go" if reason is None else "stop",
-                        "reason": reason,
-                    }
-                )
+                verdict = "go" if reason is None else "stop"
+                rung = {"event": "rung", "training": job_id, "step": step, "val_bpb": val_bpb}
+                self._events.append({**rung, "verdict": verdict, "reason": reason})
             if reason is not None and job.told is None:
                 job.told = State.STOPPED, reason
         return None if job.told is None else job.told[1]

@@ -4,7 +4,6 @@ The unit is the worker-second: a second of one worker of a stage, GPU or not. Wh
 done costs nothing. What failed or was stopped has been paid for all the same.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,18 +75,9 @@ class Account:
             figures += [f"{kept / 3600:.3f} are kept for the confirmation"] if kept else []
         return "budget: " + ", ".join(figures)
 
-    def in_words(self, spending: Mapping[str, float]) -> dict[str, Any]:
-        """The account as plain data: GPU-hours by phase, money, and the limits."""
-        price = self.budget.usd_per_gpu_hour
-        hours = {phase: seconds / 3600.0 for phase, seconds in spending.items()}
-        total = sum(hours.values())
-        limit = self.limit_s
-        return {
-            "gpu_hours": {phase: round(value, 4) for phase, value in hours.items()},
-            "total_gpu_hours": round(total, 4),
-            "limit_gpu_hours": None if limit is None else round(limit / 3600.0, 4),
-            "usd": None if price is None else round(total * price, 2),
-        }
+    def is_used_up(self, spent_s: float, now: float) -> bool:
+        """Whether nothing more may start, in whichever phase."""
+        return self.refuses(spent_s, 0.0, 0.0, now) is not None
 
 
 def seconds_per_step(view: SweepView) -> float | None:

@@ -10,7 +10,7 @@ from functools import partial
 from statistics import mean
 from typing import Any
 
-from service.ledger import SweepView
+from service.ledger import RETRIED, SweepView
 from service.limits import over_limits
 from service.plan import (
     Final,
@@ -29,6 +29,7 @@ from service.states import State
 from service.sweep import Sweep
 from service.tpe import Ask, Told, propose
 from trainer.codec import with_values
+from trainer.errors import UsageError
 from tune_spaces.space import Axes, Point, of_phase, suggest
 
 _TOLD = {State.FAILED: "failed", State.STOPPED: "stopped"}
@@ -48,26 +49,32 @@ class Choices:
         self.train_axes = of_phase(sweep.spec.space, "train")
         self.final_axes = of_phase(sweep.spec.space, "bank", "final", "eval")
 
-    def trainings(self, interrupted: Sequence[Point]) -> Source[Training]:
-        """The train search's trainings; a TPE begins with the points that were under way."""
+    def trainings(self, interrupted: Sequence[Mapping[str, Any]]) -> Source[Training]:
+        """The train search's trainings. A TPE begins with what is open of the points that an
+        earlier run knew: `interrupted`, its events of trainings that were under way, and those
+        whose trainings ended without a result.
+        """
         search = self.sweep.spec.search.train
         if search.method != "tpe":
             return Planned(self._planned_trainings())
-        begun: dict[str, Point] = {}
+        begun = {_key(event["point"]): event["point"] for event in interrupted if _is_own(event)}
 
         def expand(point: Point) -> list[Training]:
             if _key(point) in self._known_points() | begun.keys():
                 return []
-            begun[_key(point)] = point
-            return self._trainings_at(point)
+            stages = self._trainings_at(point)
+            if stages:
+                begun[_key(point)] = point
+            return stages
 
         def history() -> list[Told]:
             known = self._known_points()
             return [self._told_training(point) for point in (known | begun).values()]
 
+        known = (self._known_points() | begun).values()
         return Proposed(
             num=search.num or 0,
-            first=interrupted,
+            first=[training for point in known for training in self._trainings_at(point)],
             history=history,
             propose=self._proposer(self.train_axes, search, {}),
             expand=expand,
@@ -89,27 +96,32 @@ class Choices:
         ]
 
     def _trainings_at(self, point: Point) -> list[Training]:
+        """The trainings of a point that have not ended; none where the point makes no recipe."""
         if not self.sweep.accepts(point):
             return []
-        where = f"{self.file}: point {point}"
-        planned = [
-            plan_training(self.sweep, self.inputs, point, seed, where)
-            for seed in self.sweep.spec.seeds.search
-        ]
+        try:
+            planned = [
+                plan_training(self.sweep, self.inputs, point, seed, self.file)
+                for seed in self.sweep.spec.seeds.search
+            ]
+        except UsageError as error:  # values that fit alone but not together
+            self.recorder.talk.say("point_refused", reason=str(error))
+            return []
         return [training for training in planned if not self.recorder.is_over(training.id)]
 
     def _known_points(self) -> dict[str, Point]:
         trainings = self.recorder.view.trainings.values()
-        return {_key(event["point"]): event["point"] for event in trainings}
+        return {_key(event["point"]): event["point"] for event in trainings if _is_own(event)}
 
     def _told_training(self, point: Point) -> Told:
         """One point over its seeds: the mean of the trainer's own end-of-run scores."""
         events = [
             event
             for event in self.recorder.view.trainings.values()
-            if _key(event["point"]) == _key(point)
+            if _is_own(event) and _key(event["point"]) == _key(point)
         ]
-        if len(events) < len(self.sweep.spec.seeds.search):
+        is_open = any(event["state"] == State.CANCELLED for event in events)
+        if is_open or len(events) < len(self.sweep.spec.seeds.search):
             return Told(point, "running")
         for event in events:
             if event["state"] in _TOLD:
@@ -157,7 +169,7 @@ class Choices:
         banks = [
             self.training_of(event)
             for event in self.recorder.view.trainings.values()
-            if event["state"] == State.SUCCEEDED and event.get("phase") != "confirm"
+            if event["state"] == State.SUCCEEDED and self._is_of_search(event)
         ]
         if search.method == "tpe":
             return InTurn([self._proposed_finals(bank) for bank in banks])
@@ -170,13 +182,16 @@ class Choices:
         distinct = {final.id: final for final in planned}.values()
         return Planned([final for final in distinct if not done(final.id)])
 
+    def _is_of_search(self, event: Mapping[str, Any]) -> bool:
+        """Whether a stage is the search's, though a confirmation may have taken it up again."""
+        return _is_own(event) or event["seed"] in self.sweep.spec.seeds.search
+
     def training_of(self, event: Mapping[str, Any]) -> Training:
         """The training that an event is about."""
         known = self.recorder.trainings.get(event["training"])
         if known is not None:
             return known
-        where = f"{self.file}: point {event['point']}"
-        return plan_training(self.sweep, self.inputs, event["point"], event["seed"], where)
+        return plan_training(self.sweep, self.inputs, event["point"], event["seed"], self.file)
 
     def _final_at(self, bank: Training, point: Point) -> Final:
         return plan_final(self.sweep, self.inputs, bank, point, self.file)
@@ -191,7 +206,11 @@ class Choices:
         def expand(point: Point) -> list[Final]:
             if not self.sweep.accepts({**bank.point, **point}):
                 return []
-            final = self._final_at(bank, point)
+            try:
+                final = self._final_at(bank, point)
+            except UsageError as error:
+                self.recorder.talk.say("point_refused", reason=str(error))
+                return []
             if final.id in begun or final.id in scored:
                 return []
             begun[final.id] = final
@@ -206,9 +225,14 @@ class Choices:
                 *(Told(own(point), "running") for point in open_),
             ]
 
+        again = [
+            self._final_of(event)
+            for event in scored.values()
+            if event["training"] == bank.id and event["state"] in RETRIED
+        ]
         return Proposed(
             num=search.per_bank or 0,
-            first=(),
+            first=again,
             history=history,
             propose=self._proposer(self.final_axes, search, bank.point),
             expand=expand,
@@ -244,16 +268,22 @@ class Choices:
 
     def fits(self) -> list[Final]:
         """The finals over the byte cap, each distinct one once, to be fitted to it."""
-        cap = self.sweep.cap_bytes
-        over = [
-            event
-            for event in self.recorder.view.finals.values()
-            if cap is not None
-            and event["state"] == State.INFEASIBLE
-            and (event["result"] or {"artifact_bytes": 0})["artifact_bytes"] > cap
-        ]
-        fitted = [self._fitted(self._final_of(event)) for event in over]
-        return list({final.id: final for final in fitted}.values())
+        over = [event for event in self.recorder.view.finals.values() if self._is_over_cap(event)]
+        fits: dict[str, Final] = {}
+        # Points that differ in what a fit chooses have one: it stands for the same of them by seed.
+        for event in sorted(over, key=lambda event: _key(event["point"])):
+            final = self._fitted(self._final_of(event))
+            fits.setdefault(final.id, final)
+        return list(fits.values())
+
+    def _is_over_cap(self, event: Mapping[str, Any]) -> bool:
+        """Whether a final of the search is over the byte cap, by its score or by its rank."""
+        cap, ranked = self.sweep.cap_bytes, self.recorder.view.ranked.get(event["final"])
+        result = event["result"] or (ranked or {}).get("result")
+        is_asked = self._is_of_search(event) and not event.get("fitted")
+        if cap is None or result is None or not is_asked:
+            return False
+        return event["state"] == State.INFEASIBLE and result["artifact_bytes"] > cap
 
     def _fitted(self, final: Final) -> Final:
         return fitted_final(final, self.sweep, self.inputs)
@@ -264,9 +294,8 @@ class Choices:
         wanted = []
         for point, is_fitted in top_points(self.recorder.view, spec.search.confirm.top):
             train = {path: value for path, value in point.items() if path in self.train_axes}
-            where = f"{self.file}: confirmation of {point}"
             for seed in spec.seeds.confirm:
-                training = plan_training(self.sweep, self.inputs, train, seed, where)
+                training = plan_training(self.sweep, self.inputs, train, seed, self.file)
                 wanted.append(Wanted(training, _without(train, point), is_fitted))
         return wanted
 
@@ -310,6 +339,11 @@ def top_points(view: SweepView, num: int) -> list[tuple[Point, bool]]:
     most = max((len(each) for each in scores.values()), default=0)
     whole = {key: mean(each.values()) for key, each in scores.items() if len(each) == most}
     return [points[key] for key in sorted(whole, key=lambda key: (whole[key], key))[:num]]
+
+
+def _is_own(event: Mapping[str, Any]) -> bool:
+    """Whether a stage was run for the search."""
+    return event.get("phase", "search") == "search"
 
 
 def _without(part: Mapping[str, Any], point: Mapping[str, Any]) -> Point:

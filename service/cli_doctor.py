@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from service.attention import Question
 from service.catalogue_view import data_of
 from service.identity import inputs_of
 from service.machine import Machine, look
@@ -84,11 +85,11 @@ def _examine(
     plan = None
     if sweep is not None and dataset is not None:
         plan = make_plan(sweep, inputs_of(dataset), source)
-    asked = None if sweep is None else question(sweep)
+    asked = None if sweep is None else question(sweep, plan)
     here = look(paths.store, asked if address is None else None)
     machines, more = [here], []
     if address is not None:
-        machines, more = _cluster(sweep, paths, address)
+        machines, more = _cluster(sweep, asked, paths, address)
     return [*checks(sweep, paths, dataset, plan, here, machines, verify=verify), *more]
 
 
@@ -100,7 +101,9 @@ def _dataset(sweep: Sweep | None, paths: Paths) -> Dataset | None:
         return None
 
 
-def _cluster(sweep: Sweep | None, paths: Paths, address: str) -> tuple[list[Machine], list[Check]]:
+def _cluster(
+    sweep: Sweep | None, asked: Question | None, paths: Paths, address: str
+) -> tuple[list[Machine], list[Check]]:
     """The cluster's machines, and what only Ray can tell of them."""
     prepare_for_ray()
     from service.cluster import Where, cluster, never_fits
@@ -109,7 +112,7 @@ def _cluster(sweep: Sweep | None, paths: Paths, address: str) -> tuple[list[Mach
         from service.janitor import leftovers
         from service.nodes import machines, node_lines
 
-        found = machines(paths.store, None if sweep is None else question(sweep))
+        found = machines(paths.store, asked)
         more = [Check("node", "ok", line) for line in node_lines()]
         missing = None if sweep is None else never_fits(sweep.spec.resources)
         if missing is not None:

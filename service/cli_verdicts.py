@@ -177,12 +177,14 @@ def plan(
     """Say how many seeds a gate takes to see a true gain, and what they cost."""
     from service.noise import plan_seeds
     from service.sides import find_spread, seed_cost_s
-    from service.verdicts import level_of
+    from service.verdicts import least_seeds, level_of
 
     asked = _thresholds(mode, min_gain_nats, alpha)
     least, level = level_of(mode, **asked)
     spread = find_spread(Paths(home), subject, paired=paired)
-    planned = plan_seeds(spread.sd_nats, gain_nats - least, level, power, paired=paired)
+    min_n = least_seeds(mode, paired=paired)
+    exceeds = gain_nats - least
+    planned = plan_seeds(spread.sd_nats, exceeds, level, power, paired=paired, min_n=min_n)
     if gpu_seconds is None and spread.view is not None:
         gpu_seconds = seed_cost_s(spread.view)
     total_s = None if gpu_seconds is None else planned.n * gpu_seconds

@@ -41,10 +41,17 @@ def counts(view: SweepView, event: Event) -> bool:
 
 @dataclass(frozen=True)
 class Group:
-    """The finals of one point, by seed."""
+    """The finals of one configuration, by seed. configuration: "fitted" where the clips and bits
+    were chosen to fit the cap, None where they are the point's own."""
 
     point: dict[str, Any]
     finals: dict[int, Event]
+    configuration: str | None = None
+
+    @cached_property
+    def key(self) -> str:
+        """Equal for groups of one point and one configuration."""
+        return key_of(self.point) + (f", {self.configuration}" if self.configuration else "")
 
     @cached_property
     def mean(self) -> float:
@@ -62,6 +69,12 @@ class Group:
         return min(events, key=lambda e: (abs(bpb_of(e) - self.mean), bpb_of(e), e["final"]))
 
 
+def is_scored(event: Event) -> bool:
+    """Whether a settled final has a score on validation, within the limits or not. A failed fit, a
+    quarantined bank and a final that was ranked on held-out shards only have none."""
+    return "score" in (event["result"] or {})
+
+
 def bpb_of(event: Event) -> float:
     """The val bpb of a scored final."""
     return event["result"]["score"]["val_bpb"]
@@ -74,12 +87,12 @@ def registered_seeds(view: SweepView, phase: str) -> tuple[int, ...]:
 
 
 def confirm_groups(view: SweepView) -> list[Group]:
-    """The points that were taken up for confirmation, each with its finals of that phase."""
+    """The configurations that were taken up for confirmation, with their finals of that phase."""
     return _grouped(e for e in view.finals.values() if e.get("phase") == "confirm")
 
 
 def search_groups(view: SweepView) -> list[Group]:
-    """The points of the search, each with its finals.
+    """The configurations of the search, each with its finals.
 
     A final of a search seed that was confirmed by the same stage stands in the ledger's view as
     confirmed: it is the search's too.
@@ -92,12 +105,16 @@ def search_groups(view: SweepView) -> list[Group]:
 
 
 def _grouped(events: Iterable[Event]) -> list[Group]:
-    """Finals by point; of two with one seed the later one stands."""
+    """Finals by configuration; of two with one seed the later one stands."""
     groups: dict[str, Group] = {}
     for event in events:
-        group = groups.setdefault(key_of(event["point"]), Group(event["point"], {}))
-        group.finals[event["seed"]] = event
+        empty = Group(event["point"], {}, _configuration(event))
+        groups.setdefault(empty.key, empty).finals[event["seed"]] = event
     return list(groups.values())
+
+
+def _configuration(event: Event) -> str | None:
+    return "fitted" if event.get("fitted") else None
 
 
 def is_confirmed(view: SweepView, group: Group) -> bool:
@@ -118,9 +135,9 @@ def confirmed_document(view: SweepView) -> dict[str, Any] | None:
     group = best_confirmed(view)
     if group is None:
         return None
-    known = {key_of(each.point): each for each in search_groups(view)}
-    searched = known.get(key_of(group.point))
-    lucky = [bpb_of(e) for e in searched.finals.values() if e["result"]] if searched else []
+    known = {each.key: each for each in search_groups(view)}
+    searched = known.get(group.key)
+    lucky = [bpb_of(e) for e in searched.finals.values() if is_scored(e)] if searched else []
     return {
         "mean_bpb": group.mean,
         "sd_bpb": group.sd,
@@ -132,7 +149,7 @@ def confirmed_document(view: SweepView) -> dict[str, Any] | None:
 
 def _rank(group: Group) -> tuple[float, float, str]:
     num_bytes = [event["result"]["artifact_bytes"] for event in group.finals.values()]
-    return group.mean, statistics.fmean(num_bytes), key_of(group.point)
+    return group.mean, statistics.fmean(num_bytes), group.key
 
 
 def key_of(point: Mapping[str, Any]) -> str:
@@ -184,11 +201,12 @@ def _shortfall(view: SweepView, groups: list[Group]) -> str:
 
 
 def sample_of_final(view: SweepView, final: str) -> Sample:
-    """The point of a final, with all of its seeds in the final's own phase."""
+    """The configuration of a final, with all of its seeds in the final's own phase."""
     event = view.finals[final]
     phase = event.get("phase", "search")
     groups = confirm_groups(view) if phase == "confirm" else search_groups(view)
-    group = next(group for group in groups if key_of(group.point) == key_of(event["point"]))
+    own = Group(event["point"], {}, _configuration(event))
+    group = next(group for group in groups if group.key == own.key)
     for seed, each in sorted(group.finals.items()):
         if not counts(view, each):
             raise UsageError(
@@ -209,7 +227,7 @@ def _sample(
         raise UsageError(f"{name}: its seeds were scored on different texts: {sorted(totals)}")
     tokens, num_bytes = totals.pop()
     results = (
-        SeedResult(seed, bpb_of(event), event["training"])
+        SeedResult(seed, bpb_of(event), event["training"], group.configuration)
         for seed, event in sorted(group.finals.items())
     )
     return Sample(
@@ -219,5 +237,5 @@ def _sample(
         registered=seeds or None,
         chosen_among=among,
         remarks=remarks,
-        source=f"sweep {view.started['sweep_id']}, point {key_of(group.point)}",
+        source=f"sweep {view.started['sweep_id']}, point {group.key}",
     )

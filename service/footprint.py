@@ -1,12 +1,13 @@
 """What a sweep is going to write to its store, as far as it does not lie there yet. Light.
 
-An upper estimate: tensors are counted as float32, artifacts at the high end of their forecast.
+An estimate: tensors are counted as float32, artifacts at the high end of their forecast. Hessians
+of finals that are yet to be made, by a TPE or to confirm, are left out.
 """
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from service.plan import DECAY, Plan
+from service.plan import DECAY, Plan, first_point
 from service.store import Store
 from service.sweep import Sweep
 from trainer.blueprint import blueprint
@@ -14,7 +15,6 @@ from trainer.sizes import tensor_sizes
 from trainer.specs.model import ModelSpec
 from trainer.specs.recipe import Recipe
 from trainer.specs.task import TrainTask, train_task
-from tune_spaces.space import sample
 
 _FLOAT = 4  # bytes
 _CHECKPOINTS = 3  # of a training under way: two are kept, and a third is whole before one goes
@@ -36,17 +36,21 @@ class Footprint:
         return self.banks + self.states + self.checkpoints + self.hessians + self.artifacts
 
 
-def example(sweep: Sweep) -> Recipe:
-    """The recipe of one point of the sweep: what all points have in common, it has."""
+def example(sweep: Sweep, plan: Plan | None = None) -> Recipe:
+    """The recipe of one point of the sweep: what all points have in common, it has.
+
+    The first of its `plan`, where that has points; UsageError if `where` drops every one.
+    """
     where = f"sweep {sweep.spec.name}"
-    points = sample(sweep.spec.space, sweep.recipe, 1, 0, where, sweep.accepts)
-    return sweep.recipe_at(points[0], sweep.spec.seeds.search[0], where)
+    finals = () if plan is None else plan.finals
+    point = finals[0].point if finals else first_point(sweep, where)
+    return sweep.recipe_at(point, sweep.spec.seeds.search[0], where)
 
 
 def footprint(sweep: Sweep, plan: Plan, store: Store) -> Footprint:
     """Estimate what is still to be written; the confirming trainings are counted at an example's
     size, and so are those whose points a search is yet to make."""
-    one = _example_task(sweep)
+    one = _example_task(sweep, plan)
     open_trainings = [t for t in plan.trainings if not _is_done(store, "trainings", t.id)]
     confirming = len(sweep.spec.seeds.confirm) * sweep.spec.search.confirm.top
     more = plan.num_trainings - len(plan.trainings) + confirming
@@ -80,9 +84,9 @@ def _is_done(store: Store, kind: str, stage_id: str) -> bool:
     return (store.folder(kind, stage_id) / "result.json").is_file()
 
 
-def _example_task(sweep: Sweep) -> TrainTask:
+def _example_task(sweep: Sweep, plan: Plan) -> TrainTask:
     """The training of an example, every decay of the space in its bank."""
-    task, axis = train_task(example(sweep)), sweep.spec.space.get(DECAY)
+    task, axis = train_task(example(sweep, plan)), sweep.spec.space.get(DECAY)
     if axis is None or axis.values is None:
         return task
     averages = replace(task.train.averages, ema_bank=tuple(map(float, axis.values)))

@@ -37,13 +37,15 @@ def inputs_of(dataset: Dataset) -> Inputs:
 
 def sweep_id(sweep: Sweep, inputs: Inputs) -> str:
     """A sweep's name and what it asks for: the same file on the same data and code is the same.
-    What it may spend or wait for, and what it must find or pass, can change on the way."""
+    What it may spend or wait for, and what it must find or pass, can change on the way. Of its
+    clock policy counts which clock each phase is on, wherever the file lies."""
     spec = dump(sweep.spec)
-    for name in ("budget", "limits", "gate", "require"):
+    for name in ("budget", "limits", "gate", "require", "clocks"):
         spec.pop(name, None)
     for name in ("start_timeout_s", "gang"):
         spec["resources"].pop(name)
-    asked = {"spec": spec, "recipe": sweep.recipe, **asdict(inputs)}
+    clocks = {name: phase["clock"] for name, phase in dump(sweep.clocks.phases).items()}
+    asked = {"spec": spec, "recipe": sweep.recipe, "clocks": clocks, **asdict(inputs)}
     return f"{sweep.spec.name}-{fingerprint(asked)[:10]}"
 
 

@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from ray.exceptions import RayError
+
 from service.budget import Account, seconds_per_step, spent
 from service.cluster import Where, cluster, driver_resources, num_gangs
-from service.gangs import GangPool
+from service.gangs import GangPool, last_line
 from service.judge import Judge
 from service.nodes import machines
 from service.paths import Paths
 from service.plan import Final, Plan, Training
-from service.preflight import question, require_ready
+from service.preflight import asks_kernel, question, require_ready
 from service.pump import pumping
-from service.recorder import Recorder, TrialWatch
+from service.recorder import Recorder, TrialWatch, untold_s
 from service.searcher import TrialConfig, run_trials
 from service.sources import Source
 from service.sweep import Sweep
@@ -28,6 +30,7 @@ from service.talk import Talk, Watch
 from service.trials import REAL, Work
 from trainer.codec import dump
 from trainer.data.shards import Dataset
+from trainer.errors import BackendError
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,8 @@ class Site:
 class Launcher:
     """Runs sources of stages to their end, or until the budget or the failures say no.
 
-    `refusal` says why something was not started or was stopped, None while nothing was.
+    `refusals` say why something was not started or was stopped. What a phase may not start for the
+    sake of a later one, that one still may: only `is_used_up` ends everything.
     """
 
     def __init__(
@@ -55,7 +59,12 @@ class Launcher:
         self.site = site
         self.recorder = recorder
         self.talk = talk
-        self.refusal: str | None = None
+        self.refusals: list[str] = []
+        self._is_refused = False
+        self._admitted: dict[str, float] = {}
+        """Worker-seconds that stages were expected to cost when they were let start."""
+        self._running_s: Mapping[str, float] = {}
+        self._reserve_s: Callable[[], float] = lambda: 0.0
         self._stack = ExitStack()
         self._is_up = False
         budget = self.spec.budget
@@ -73,9 +82,24 @@ class Launcher:
     ) -> None:
         self._stack.close()
 
-    def train(self, source: Source[Training], judge: Judge | None, *, reserve_s: float) -> None:
-        """Run trainings, each by a gang; `reserve_s` worker-seconds are kept for later."""
-        stages = _LookAhead(lambda: self._allowed(source, self._training_cost_s, reserve_s))
+    @property
+    def is_used_up(self) -> bool:
+        """Whether nothing more may start, in whichever phase."""
+        account = self._account
+        return self._has_failed_too_often() or (
+            account is not None and account.is_used_up(self._spent_s(), time.time())
+        )
+
+    def train(
+        self,
+        source: Source[Training],
+        judge: Judge | None,
+        *,
+        reserve_s: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        """Run trainings, each by a gang; `reserve_s` worker-seconds are kept for later phases."""
+        self._is_refused, self._reserve_s = False, reserve_s
+        stages = _LookAhead(lambda: self._allowed(source, self._training_cost_s))
         if stages.is_over():
             return
         self._bring_up()
@@ -99,9 +123,12 @@ class Launcher:
                 "training",
             )
 
-    def finalize(self, kind: str, source: Source[Final], *, reserve_s: float) -> None:
+    def finalize(
+        self, kind: str, source: Source[Final], *, reserve_s: Callable[[], float] = lambda: 0.0
+    ) -> None:
         """Run finals of one kind: final, rank or fit."""
-        stages = _LookAhead(lambda: self._allowed(source, self._final_cost_s, reserve_s))
+        self._is_refused, self._reserve_s = False, reserve_s
+        stages = _LookAhead(lambda: self._allowed(source, self._final_cost_s))
         if stages.is_over():
             return
         self._bring_up()
@@ -125,7 +152,7 @@ class Launcher:
     def _check_nodes(self) -> None:
         """Hold a cluster's nodes against what the sweep needs, as `run` did with this machine."""
         site = self.site
-        asked = question(self.sweep) if self.spec.require is not None else None
+        asked = question(self.sweep, self.plan) if asks_kernel(self.sweep) else None
         seen = machines(site.paths.store.absolute(), asked)
         checked = require_ready(
             self.sweep, site.paths, site.dataset, self.plan, seen, is_local=False
@@ -200,55 +227,87 @@ class Launcher:
             "device": "cuda" if resources.gpus_per_worker else "cpu",
         }
 
-    def _allowed(
-        self, source: Source[Any], cost_s: Callable[[Any], float], reserve_s: float
-    ) -> Any | None:
-        """The next stage, if there is one and it may start. The one place that asks."""
+    def _has_failed_too_often(self) -> bool:
         limit = self.spec.limits.max_failed
-        if limit is not None and self.recorder.num_failed >= limit:
-            self.refusal = f"limits.max_failed: {limit} stages have failed"
-        if self.refusal is not None:
+        return limit is not None and self.recorder.num_failed >= limit
+
+    def _allowed(self, source: Source[Any], cost_s: Callable[[Any], float]) -> Any | None:
+        """The next stage, if there is one and it may start. The one place that asks."""
+        if not self._is_refused and self._has_failed_too_often():
+            self._refuse(f"limits.max_failed: {self.recorder.num_failed} stages have failed")
+        if self._is_refused:
             return None
         stage = source.next()
-        if stage is not None and self._account is not None:
-            spent_s = self._spent_s(self._running_s)
-            self.refusal = self._account.refuses(spent_s, cost_s(stage), reserve_s, time.time())
-        return None if self.refusal else stage
+        if stage is None or self._account is None:
+            return stage
+        cost = cost_s(stage)
+        refusal = self._account.refuses(
+            self._spent_s(with_admitted=True), cost, self._reserve_s(), time.time()
+        )
+        if refusal is not None:
+            self._refuse(refusal)
+            return None
+        self._admitted[stage.id] = cost
+        return stage
 
-    _running_s: Mapping[str, float] = {}
+    def _refuse(self, reason: str) -> None:
+        """Start nothing more in this phase."""
+        self._is_refused = True
+        self.refusals.append(reason)
 
     def _attend(self, pool: GangPool) -> None:
         """Record what the gangs say; stop them where the budget is used up."""
-        for event in pool.events():
-            self.recorder.happened(event)
-        if self._account is None:
+        try:
+            for event in pool.events():
+                self.recorder.happened(event)
+            self._running_s = pool.running()
+        except RayError as error:
+            self._refuse("the gangs' broker is gone")
+            raise BackendError(
+                f"the gangs' broker is gone ({last_line(error)}); run again"
+            ) from error
+        if self._account is None or not self._running_s or self._is_refused:
             return
-        self._running_s = pool.running()
         refusal = self._account.refuses(
-            self._spent_s(self._running_s), 0.0, 0.0, time.time(), is_running=True
+            self._spent_s(), 0.0, self._reserve_s(), time.time(), is_running=True
         )
-        if refusal is not None and self._running_s:
-            self.refusal = refusal
+        if refusal is not None:
+            self._refuse(refusal)
             pool.stop(refusal)
 
-    def _spent_s(self, running_s: Mapping[str, float]) -> float:
-        """Worker-seconds so far, what is under way included."""
+    def _spent_s(self, *, with_admitted: bool = False) -> float:
+        """Worker-seconds so far, what is under way included; with what was admitted at its whole
+        expected cost where that is more than it has had."""
         workers = self.spec.resources.workers
-        return sum(spent(self.recorder.view, workers).values()) + sum(running_s.values()) * workers
+        told = sum(spent(self.recorder.view, workers).values())
+        held = {key: seconds * workers for key, seconds in self._running_s.items()}
+        open_s = sum(held.values())
+        if with_admitted:
+            ids = self._admitted.keys() - self.recorder.ended
+            open_s += sum(max(self._admitted[key] - held.get(key, 0.0), 0.0) for key in ids)
+        return told + open_s + untold_s(self.recorder) * workers
 
     def _training_cost_s(self, training: Training) -> float:
         train = training.task.train
-        return self.cost_of_steps_s(
-            train.iterations - self._steps_found(training), train.max_clock_s
-        )
+        steps = train.iterations - self._steps_found(training)
+        return self.cost_of_steps_s(steps, train.max_clock_s)
 
     def _steps_found(self, training: Training) -> int:
-        """Steps of a trunk that a training has behind it, as far as they are known beforehand."""
+        """Steps that a training has behind it: of a state that is there, or that a training which
+        was let start before it is to leave."""
         for trunk in self.plan.trunks:
+            ids = {state.id for state in trunk.states}
             for state in trunk.states:
+                is_coming = any(t.branch in ids for t in self._started.values())
                 if state.id == training.branch:
-                    return state.departure.step or 0
+                    found = self.recorder.store.find("states", state.id) is not None
+                    return (state.departure.step or 0) if found or is_coming else 0
         return 0
+
+    @property
+    def _started(self) -> dict[str, Training]:
+        trainings = self.recorder.trainings
+        return {key: trainings[key] for key in self._admitted if key in trainings}
 
     def cost_of_steps_s(self, steps: int, max_clock_s: float | None) -> float:
         """Worker-seconds that so many steps are expected to cost: at the pace that was measured,
@@ -259,8 +318,9 @@ class Launcher:
         return seconds * self.spec.resources.workers
 
     def _final_cost_s(self, final: Final) -> float:
-        """The mean of the finals so far; nothing is known of the first."""
-        paid = [e["occupied_s"] for e in self.recorder.view.paid if e["event"] == "final_scored"]
+        """The mean of the finals so far, ranked or scored; nothing is known of the first."""
+        kinds = ("final_scored", "final_ranked")
+        paid = [e["occupied_s"] for e in self.recorder.view.paid if e["event"] in kinds]
         return sum(paid) / len(paid) if paid else 0.0
 
 

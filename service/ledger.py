@@ -58,6 +58,8 @@ class SweepView:
     verdict: dict[str, Any] | None = None
     finals: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     running: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    begun: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    """Trainings that were started and never ended, by whichever run of the sweep."""
     state: State = State.QUEUED
     cache_hits: int = 0
     events: int = 0
@@ -77,7 +79,7 @@ class SweepView:
                 self.first_started_at = self.first_started_at or event["at"]
                 self.running.clear()
             case "training_started":
-                self.running[event["training"]] = event
+                self.running[event["training"]] = self.begun[event["training"]] = event
             case "trunk_finished":
                 _settle(self.trunks, event["trunk"], event)
             case "rung":
@@ -88,6 +90,7 @@ class SweepView:
                 self.verdict = event
             case "training_finished":
                 self.running.pop(event["training"], None)
+                self.begun.pop(event["training"], None)
                 _settle(self.trainings, event["training"], event)
             case "final_scored":
                 _settle(self.finals, event["final"], event)

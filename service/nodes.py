@@ -35,7 +35,7 @@ def machines(store: Path, question: Question | None = None) -> list[Machine]:
         mark.unlink(missing_ok=True)
     if question is None:
         return found
-    return [_tried(machine, node, question) for machine, node in zip(found, ids, strict=True)]
+    return _tried(found, ids, question)
 
 
 def node_lines() -> list[str]:
@@ -51,12 +51,18 @@ def node_lines() -> list[str]:
     return lines
 
 
-def _tried(machine: Machine, node: str, question: Question) -> Machine:
+def _tried(found: list[Machine], ids: list[str], question: Question) -> list[Machine]:
+    """The machines with what attention each has, all asked at once; one whose GPUs are all taken
+    is left alone."""
     gpus = 1 if question.device == "cuda" else 0
-    if gpus and available_resources_per_node().get(node, {}).get("GPU", 0) < 1:
-        return machine  # taken by others, and none of theirs is touched
-    answer = _answers([_on(node, gpus).remote(ask, question)], ANSWER_S + TRY_S)[0]
-    return replace(machine, attention=answer)
+    free = available_resources_per_node()
+    idle = [node for node in ids if not gpus or free.get(node, {}).get("GPU", 0) >= 1]
+    asked = [_on(node, gpus).remote(ask, question) for node in idle]
+    answers = dict(zip(idle, _answers(asked, ANSWER_S + TRY_S), strict=True))
+    return [
+        replace(machine, attention=answers.get(node))
+        for machine, node in zip(found, ids, strict=True)
+    ]
 
 
 def _answers(asked: list[Any], patience_s: float) -> list[Any]:

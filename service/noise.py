@@ -1,8 +1,9 @@
 """How far seeds alone move a score, and how many of them it takes to see a gain. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 import numpy as np
 from scipy.special import chdtri, nctdtr, stdtrit
@@ -14,14 +15,16 @@ INTERVAL = 0.95
 
 
 def noise_floor(tables: Sequence[np.ndarray], bpb_per_nat: float) -> NoiseFloor:
-    """Measure the spread over seeds. tables: one for each train point, bpb [points, seeds] of the
-    finals that share its banks.
+    """Measure the spread over seeds. tables: one for each set of banks, bpb [points, seeds] of the
+    finals that share them, NaN where a point lacks a seed.
 
     Finals of one bank move together with its seed, so a table counts seeds - 1 degrees of freedom
-    however many points it has, and its variance is the mean over them. What is left when the
-    point's and the seed's own part are taken away is the noise of a paired difference.
+    however many points it has, and its variance is the mean over those with the most seeds. What
+    is left when the point's and the seed's own part are taken away is the noise of a paired
+    difference.
     """
-    held = [table for table in tables if table.shape[1] > 1]
+    held = [_filled(table, lambda part: (part.shape[1], part.shape[0])) for table in tables]
+    held = [table for table in held if table.shape[1] > 1]
     df = sum(table.shape[1] - 1 for table in held)
     if df == 0:
         raise UsageError(
@@ -31,7 +34,7 @@ def noise_floor(tables: Sequence[np.ndarray], bpb_per_nat: float) -> NoiseFloor:
     squares = sum(float(table.var(axis=1, ddof=1).mean()) * (table.shape[1] - 1) for table in held)
     sd = sqrt(squares / df)
     low, high = _sd_interval(sd, df)
-    paired_sd, paired_df = _paired(held)
+    paired_sd, paired_df = _paired([_filled(table, _paired_df) for table in tables])
     return NoiseFloor(
         sd_bpb=sd,
         low_bpb=low,
@@ -47,6 +50,14 @@ def noise_floor(tables: Sequence[np.ndarray], bpb_per_nat: float) -> NoiseFloor:
     )
 
 
+def _filled(table: np.ndarray, worth: Callable[[np.ndarray], Any]) -> np.ndarray:
+    """The part of a table without gaps that is worth most: a point's seeds, and all points that
+    have them."""
+    has = ~np.isnan(table)
+    parts = (table[has[:, seeds].all(axis=1)][:, seeds] for seeds in np.unique(has, axis=0))
+    return max(parts, key=worth)
+
+
 def _sd_interval(sd: float, df: int) -> tuple[float, float]:
     """The 95 % confidence interval of a standard deviation, by the chi-square distribution."""
     upper, lower = ((1 - INTERVAL) / 2, (1 + INTERVAL) / 2)
@@ -56,11 +67,15 @@ def _sd_interval(sd: float, df: int) -> tuple[float, float]:
 def _paired(tables: Sequence[np.ndarray]) -> tuple[float | None, int | None]:
     """Standard deviation of the difference of two finals of one bank, over its seeds."""
     squares, df = 0.0, 0
-    for table in (table for table in tables if table.shape[0] > 1):
+    for table in tables:
         rest = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
         squares += float((rest**2).sum())
-        df += (table.shape[0] - 1) * (table.shape[1] - 1)
+        df += _paired_df(table)
     return (sqrt(2 * squares / df), df) if df else (None, None)
+
+
+def _paired_df(table: np.ndarray) -> int:
+    return (table.shape[0] - 1) * (table.shape[1] - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +88,16 @@ class SeedPlan:
 
 
 def plan_seeds(
-    sd: float, gain: float, alpha: float, power: float, *, paired: bool = False, max_n: int = 1_000
+    sd: float,
+    gain: float,
+    alpha: float,
+    power: float,
+    *,
+    paired: bool = False,
+    min_n: int = 2,
+    max_n: int = 1_000,
 ) -> SeedPlan:
-    """Find the smallest n whose one-sided t-test shows a true gain with this power.
+    """Find the smallest n from `min_n` on whose one-sided t-test shows a true gain with this power.
 
     sd: over seeds, or of the paired differences; gain: by which the true one exceeds what is
     tested against, in the same unit. Two samples of n, or n pairs. Noncentral t distribution.
@@ -94,7 +116,7 @@ def plan_seeds(
             f"{max_n} seeds reach a power of {reached:.3g} only; the gain is too small for this "
             "noise"
         )
-    low, high = 1, max_n  # one seed is too few, max_n is enough
+    low, high = min_n - 1, max_n  # fewer than min_n are not asked about, max_n is enough
     while high - low > 1:
         middle = (low + high) // 2
         if _power(middle, sd, gain, alpha, paired) >= power:

@@ -36,9 +36,11 @@ from trainer.specs.task import (
     hessians_task,
     train_task,
 )
-from tune_spaces.space import Point, grid, of_phase, sample
+from tune_spaces.axes import Value
+from tune_spaces.expressions import knobs_read
+from tune_spaces.space import Point, grid, of_phase, sample, when_of
 
-DECAY = "train.averages.ema_decay"
+DECAY, AVERAGE = "train.averages.ema_decay", "final.average"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +99,13 @@ def make_plan(
     """
     search, seeds = sweep.spec.search, len(sweep.spec.seeds.search)
     is_known = search.train.method != "tpe"
+    # Who may be stopped is compared with others at the steps where it validates. A tail does so
+    # only after its departure, so trainings that are judged on the way run from step 0.
+    branches = is_known and search.train.stop is None
     straight = _plan_trainings(sweep, inputs, where)
     times = 1 if is_known else seeds * (search.train.num or 1)
     tree = grow_tree(
-        {training.id: training.task for training in straight if is_known},
+        {training.id: training.task for training in straight if branches},
         partial(state_id, inputs=inputs, resources=sweep.spec.resources),
     )
     trainings = tuple(
@@ -152,7 +157,11 @@ def plan_training(sweep: Sweep, inputs: Inputs, point: Point, seed: int, where: 
     at = f"{where}: point {_words(point)}"
     recipe = sweep.recipe_at(point, seed, at)
     _check_training(recipe, sweep, inputs, at)
-    task = _with_bank(train_task(recipe), _banked_decays(sweep, where, point))
+    averages = _bank_values(sweep, AVERAGE, recipe.final.average, point, where)
+    for average in averages or {"raw"}:  # what has no final must not fail either
+        check_late_parts(recipe.train, str(average), at)
+    decays = _banked_decays(sweep, recipe.train.averages.ema_decay, point, where)
+    task = _with_bank(train_task(recipe), decays)
     return Training(training_id(task, inputs, sweep.spec.resources), point, seed, task)
 
 
@@ -160,11 +169,11 @@ def _branched(
     training: Training, branch: str | None, inputs: Inputs, resources: Resources
 ) -> Training:
     """The training as it starts from a state. Its id says so where its bits may differ: on a CPU
-    a schedule by steps ends in the same bank either way."""
+    a schedule by steps and without a clock ends in the same bank either way."""
     if branch is None:
         return training
     train = training.task.train
-    is_same = not resources.gpus_per_worker and not train.compile
+    is_same = not (resources.gpus_per_worker or train.compile or train.max_clock_s is not None)
     if is_same and train.schedule.basis == "steps":
         return replace(training, branch=branch)
     own = training_id(training.task, inputs, resources, branch=branch)
@@ -197,29 +206,49 @@ def _check_training(recipe: Recipe, sweep: Sweep, inputs: Inputs, where: str) ->
             f"{where}: model.vocab_size={recipe.model.vocab_size} is below the "
             f"{inputs.vocab_size} tokens of the data; set model.vocab_size={inputs.vocab_size}"
         )
-    check_late_parts(train, recipe.final.average, where)
 
 
 def _with_bank(task: TrainTask, decays: tuple[float, ...]) -> TrainTask:
     averages = task.train.averages
-    if decays:  # the axis replaces the recipe's own decay: nothing asks for that one
-        averages = replace(averages, ema_bank=tuple(sorted(decays)))
+    if decays:
+        averages = replace(averages, ema_bank=decays)
     return replace(task, train=replace(task.train, averages=averages))
 
 
-def _banked_decays(sweep: Sweep, where: str, point: Point) -> tuple[float, ...]:
-    """Every EMA decay that a final of a training asks a bank for."""
+def _banked_decays(sweep: Sweep, own: float | None, bank: Point, where: str) -> tuple[float, ...]:
+    """Every EMA decay that a final of a training asks a bank for, ascending; the recipe's `own`
+    is among them only where a final lacks the axis. Without an axis none: the recipe's bank will
+    do."""
     axis = sweep.spec.space.get(DECAY)
     if axis is None:
         return ()
-    if sweep.spec.search.final.method != "tpe":
-        return tuple({float(p[DECAY]) for p in final_points(sweep, where, point) if DECAY in p})
-    if axis.values is None:
+    if sweep.spec.search.final.method == "tpe" and axis.values is None:
         raise UsageError(
             f"{where}: space.{DECAY}: a training keeps every decay that a final may ask for; list "
             "values for a search by tpe"
         )
-    return tuple(float(value) for value in axis.values)
+    decays = _bank_values(sweep, DECAY, own, bank, where)
+    return tuple(sorted(float(decay) for decay in decays if decay is not None))
+
+
+def _bank_values(
+    sweep: Sweep, path: str, own: Value | None, bank: Point, where: str
+) -> set[Value | None]:
+    """Every value of a knob of the bank that the finals on the bank of a training's point may
+    have; the recipe's `own` is that of a final without the axis."""
+    axis = sweep.spec.space.get(path)
+    if axis is None:
+        return {own}
+    if sweep.spec.search.final.method != "tpe":
+        return {point.get(path, own) for point in final_points(sweep, where, bank)}
+    values = {value for value in axis.values or () if sweep.accepts({**bank, path: value})}
+    when = when_of(path, axis, where)
+    if when is None:
+        return {*values}
+    later = of_phase(sweep.spec.space, "bank", "final", "eval").keys()
+    if knobs_read(when.paths) & later:
+        return {*values, own}
+    return {*values} if when.holds(with_values(sweep.recipe, bank.items())) else {own}
 
 
 class _Points(NamedTuple):
@@ -234,6 +263,15 @@ def _train_points(sweep: Sweep, where: str) -> _Points:
     at, num = f"{where}: search.train.num", search.num or 1
     points = sample(axes, sweep.recipe, num, search.seed, at, sweep.accepts)
     return _Points(points if search.method == "random" else points[:1], 0)
+
+
+def first_point(sweep: Sweep, where: str) -> Point:
+    """A point of the sweep, with the values of its training and of its final; an example where a
+    TPE makes them. UsageError if `where` drops every one."""
+    for bank in _train_points(sweep, where).kept:
+        for point in final_points(sweep, where, bank):
+            return {**bank, **point}
+    raise UsageError(f"{where}: where drops every point of the space; allow some")
 
 
 def final_points(sweep: Sweep, where: str, bank: Point) -> list[Point]:

@@ -73,16 +73,33 @@ def verdict(view: SweepView, refusal: str | None = None) -> State:
 def what_is_missing(resources: Resources, nodes: list[dict[str, Any]]) -> str | None:
     """Say why a gang can never start on these nodes (`ray.nodes()`), None if it can."""
     alive = [node["Resources"] for node in nodes if node["Alive"]]
-    for kind, each in resources.worker().items():
-        per_node = [int(node.get(kind, 0) // each) for node in alive]
-        have = {
-            "STRICT_PACK": max(per_node, default=0),
-            "STRICT_SPREAD": sum(1 for places in per_node if places),
-        }.get(resources.placement, sum(per_node))
+    each = resources.worker()
+    per_node = [
+        {kind: int(node.get(kind, 0) // num) for kind, num in each.items()} for node in alive
+    ]
+    where = " on one node" if resources.placement == "STRICT_PACK" else ""
+    for kind, num in each.items():
+        have = _together([places[kind] for places in per_node], resources)
         if have < resources.workers:
-            where = " on one node" if resources.placement == "STRICT_PACK" else ""
-            return f"need {resources.workers} × {each:g} {kind}{where}, have {have}"
-    return None
+            return f"need {resources.workers} × {num:g} {kind}{where}, have {have}"
+    # Enough of each kind, but a worker needs all of its own on the same node.
+    have = _together([min(places.values()) for places in per_node], resources)
+    if have >= resources.workers:
+        return None
+    spread = resources.placement == "STRICT_SPREAD"
+    unfit = [places for places in per_node if not (spread and min(places.values()))]
+    best = max(unfit, key=lambda places: (min(places.values()), max(places.values())))
+    short = min(best, key=lambda kind: best[kind])
+    amounts = " + ".join(f"{num:g} {kind}" for kind, num in each.items())
+    return f"need {resources.workers} × ({amounts}){where}, have {have}: a node is short of {short}"
+
+
+def _together(places: Sequence[int], resources: Resources) -> int:
+    """How many workers of one gang nodes with so many places hold, as they may be placed."""
+    return {
+        "STRICT_PACK": max(places, default=0),
+        "STRICT_SPREAD": sum(1 for place in places if place),
+    }.get(resources.placement, sum(places))
 
 
 def gangs_at_once(resources: Resources, nodes: list[dict[str, Any]]) -> int:

@@ -78,7 +78,7 @@ def require_ready(
     machines: where gangs run, as `service.nodes` finds them on a cluster. Without it they run here,
     or, unless `is_local`, GPUs and kernel are not judged.
     """
-    here = look(paths.store, question(sweep) if is_local and _asks_kernel(sweep) else None)
+    here = look(paths.store, question(sweep, plan) if is_local and asks_kernel(sweep) else None)
     if machines is None:
         machines = (here,) if is_local else ()
     found = checks(sweep, paths, dataset, plan, here, machines)
@@ -105,7 +105,7 @@ def checks(
     """
     found: list[Check] = []
     if sweep is not None:
-        found += _kernel(sweep, machines)
+        found += _kernel(sweep, plan, machines)
         found += _compressor(sweep, plan)
     folders = [dataset.folder] if dataset is not None else _data_folders(sweep, paths)
     found += [_shards(sweep, folder, verify) for folder in folders]
@@ -124,9 +124,9 @@ def checks(
     return found
 
 
-def question(sweep: Sweep) -> Question:
+def question(sweep: Sweep, plan: Plan | None = None) -> Question:
     """The attention of the sweep's model on the device of its gangs."""
-    recipe = example(sweep)
+    recipe = example(sweep, plan)
     attention = recipe.model.attention
     return Question(
         device="cuda" if sweep.spec.resources.gpus_per_worker else "cpu",
@@ -138,12 +138,13 @@ def question(sweep: Sweep) -> Question:
     )
 
 
-def _asks_kernel(sweep: Sweep) -> bool:
+def asks_kernel(sweep: Sweep) -> bool:
+    """Whether the sweep requires a kernel. Only then it is worth starting torch to ask for one."""
     return sweep.spec.require is not None and sweep.spec.require.attention is not None
 
 
-def _kernel(sweep: Sweep, machines: Sequence[Machine]) -> Iterator[Check]:
-    asked = question(sweep)
+def _kernel(sweep: Sweep, plan: Plan | None, machines: Sequence[Machine]) -> Iterator[Check]:
+    asked = question(sweep, plan)
     where = f"on {asked.device} in {asked.dtype}"
     for machine in machines:
         got = machine.attention
@@ -153,20 +154,20 @@ def _kernel(sweep: Sweep, machines: Sequence[Machine]) -> Iterator[Check]:
         if got.backend is None:
             fix = "install a torch that runs on this device, or run elsewhere"
             yield Check("kernel", "fail", f"{machine.host}: none {where}: {got.why}", fix)
-        elif _asks_kernel(sweep) and got.backend not in FLASH:
+        elif asks_kernel(sweep) and got.backend not in FLASH:
             detail += f", require.attention is flash: {got.why or 'torch prefers the other'}"
             fix = "set train.dtype=bfloat16, other head sizes, or drop require.attention"
             yield Check("kernel", "fail", detail, fix)
         else:
             yield Check("kernel", "ok", detail)
-    if _asks_kernel(sweep) and not any(machine.attention for machine in machines):
+    if asks_kernel(sweep) and not any(machine.attention for machine in machines):
         detail = "require.attention is flash, and no machine was asked"
         yield Check("kernel", "warn", detail, "ask with `fairway doctor` while its GPUs are free")
 
 
 def _compressor(sweep: Sweep, plan: Plan | None) -> Iterator[Check]:
     axis = sweep.spec.space.get("final.compress.kind")
-    kinds = [example(sweep).final.compress.kind] if axis is None else list(axis.extremes())
+    kinds = [example(sweep, plan).final.compress.kind] if axis is None else list(axis.extremes())
     if plan is not None:  # a derived knob may choose as well
         kinds += [final.task.final.compress.kind for final in plan.finals]
     asked = sweep.spec.require and sweep.spec.require.compressor
@@ -235,7 +236,7 @@ def _splits(sweep: Sweep, plan: Plan | None, dataset: Dataset) -> Iterator[Check
             yield Check("splits", "fail", detail, "prepare or fetch the dataset with one")
     have = dataset.num_tokens("train")
     trains = [t.task.train for t in plan.trainings] if plan is not None else []
-    trains = trains or [example(sweep).train]
+    trains = trains or [example(sweep, plan).train]
     longest = max(train.seq_len for train in trains)
     if 0 < have <= longest:
         detail = f"{dataset.folder}: {have:,} training tokens, train.seq_len={longest} needs more"
@@ -309,12 +310,14 @@ def _packages() -> Check:
 
 
 def _gpu(sweep: Sweep | None, machines: Sequence[Machine]) -> Iterator[Check]:
+    asks_gpus = sweep is not None and sweep.spec.resources.gpus_per_worker > 0
+    on_fault: Verdict = "fail" if asks_gpus else "warn"
     for machine in machines:
         detail = f"{machine.host}: {_gpus(machine)}"
         busy = [gpu for gpu in machine.gpus if gpu.used_mib > BUSY_MIB]
         if machine.gpu_fault is not None:
             fix = "mend the driver; `nvidia-smi` must answer"
-            yield Check("gpu", "fail", f"{machine.host}: {machine.gpu_fault}", fix)
+            yield Check("gpu", on_fault, f"{machine.host}: {machine.gpu_fault}", fix)
         elif busy:
             used = ", ".join(f"{gpu.index}: {gpu.used_mib:,} MiB" for gpu in busy)
             fix = "wait for the other processes, or leave these out by CUDA_VISIBLE_DEVICES"

@@ -43,6 +43,8 @@ class Recorder:
         self.num_failed = 0
         self.paid: dict[str, dict[str, Any]] = {}
         """What the broker says that jobs took: a trial that died cannot tell."""
+        self.ended: set[str] = set()
+        """Stages whose end this run has written into the ledger."""
         self.trainings: dict[str, Training] = {}
         self.finals: dict[str, Final] = {}
 
@@ -94,6 +96,13 @@ class Recorder:
             reason = f"place {place} on held-out training shards, {bpb:.4f} bpb"
             self.final_scored(final, (State.STOPPED, reason), {})
 
+    def settle_unranked(self) -> None:
+        """Settle the finals that cannot be ranked: over a limit, quarantined or failed."""
+        for event in list(self.view.ranked.values()):
+            if event["state"] != State.SUCCEEDED and event["final"] in self.finals:
+                settled = State(event["state"]), event["reason"]
+                self.final_scored(self.finals[event["final"]], settled, {})
+
     def training_started(self, training: Training, trunks: Sequence[str] = ()) -> None:
         """A trial has taken a training on, with the trunks that come before it, the last first."""
         self.ledger.append(
@@ -124,6 +133,7 @@ class Recorder:
         """A trunk has left all its states."""
         if outcome["trunk"] in self.view.trunks:
             return
+        self.ended.add(outcome["trunk"])
         paid = self.paid.get(outcome["trunk"])
         if paid is not None:
             outcome = {**outcome, **paid, "cached": False}
@@ -133,22 +143,27 @@ class Recorder:
         shown = {name: outcome[name] for name in ("trunk", "cached", "steps_computed")}
         self.talk.say("trunk_finished", states=len(outcome["states"]), **shown)
 
-    def training_finished(self, training: Training, outcome: Outcome) -> None:
-        """A training has ended: with a bank, or with the reason why not."""
-        if self.is_over(training.id):
+    def training_finished(
+        self, training: Training, outcome: Outcome, phase: str | None = None
+    ) -> None:
+        """A training has ended: with a bank, or with the reason why not. `phase`: the one that it
+        was started in, where that is not the present one."""
+        self.cache_hits += outcome["cached"]
+        self.ended.add(training.id)
+        if outcome["cached"] and self.is_over(training.id):
             return
         result = outcome["result"]
         paid = self.paid.get(training.id)
         if outcome["cached"] and paid is not None:
+            self.cache_hits -= 1
             outcome = {**outcome, **paid, "cached": False}
-        self.cache_hits += outcome["cached"]
         self.num_failed += outcome["state"] == State.FAILED
         self.ledger.append(
             "training_finished",
             training=training.id,
             point=training.point,
             seed=training.seed,
-            phase=self.phase,
+            phase=phase or self.phase,
             state=outcome["state"],
             reason=outcome["reason"],
             cached=outcome["cached"],
@@ -190,6 +205,7 @@ class Recorder:
     ) -> None:
         """A final has its score on held-out training shards."""
         state, reason = settled
+        self.ended.add(final.id)
         if self.is_ranked(final.id):
             return
         result = outcome.get("result")
@@ -208,11 +224,12 @@ class Recorder:
         self, final: Final, settled: tuple[State, str | None], outcome: Outcome
     ) -> None:
         """A final is settled: scored on validation, or with the reason why not."""
+        self.cache_hits += bool(outcome.get("cached"))
+        self.ended.add(final.id)
         if self.is_settled(final.id):
             return
         state, reason = settled
         result = outcome.get("result")
-        self.cache_hits += bool(outcome.get("cached"))
         facts = _facts(final, state, reason, outcome)
         fitted = {"fitted": True} if outcome.get("kind") == "fit" else {}
         self.ledger.append("final_scored", **facts, phase=self.phase, **fitted)
@@ -254,6 +271,12 @@ def _facts(final: Final, state: State, reason: str | None, outcome: Outcome) -> 
 def short(point: Mapping[str, Any]) -> dict[str, Any]:
     """A point by the last words of its paths."""
     return {path.rpartition(".")[2]: value for path, value in point.items()}
+
+
+def untold_s(recorder: Recorder) -> float:
+    """Seconds of gangs' jobs that have ended and that the ledger does not tell of yet."""
+    ids = recorder.paid.keys() - recorder.ended
+    return sum(recorder.paid[key]["occupied_s"] for key in ids)
 
 
 def trunk_found(store: Store, trunk: Trunk) -> Outcome | None:

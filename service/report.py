@@ -118,10 +118,11 @@ def smallest_overshoot(view: SweepView) -> Row | None:
 def status_document(view: SweepView) -> dict[str, Any]:
     """Sum a sweep up as plain data: what ran, what it cost, what came out."""
     started, top = view.started, best(view)
-    trainings, finals = view.trainings.values(), view.finals.values()
+    trainings = [event for event in view.trainings.values() if _is_of_search(view, event)]
+    finals = [event for event in view.finals.values() if _is_of_search(view, event)]
     failed_trainings = _count(trainings, State.FAILED)
     failed_finals = _count(finals, State.FAILED)
-    computed = [t["result"] for t in trainings if t["result"] and not t["cached"]]
+    computed = [t["result"] for t in view.trainings.values() if t["result"] and not t["cached"]]
     grown = [trunk for trunk in view.trunks.values() if not trunk["cached"]]
     return {
         "sweep_id": started.get("sweep_id"),
@@ -152,6 +153,12 @@ def status_document(view: SweepView) -> dict[str, Any]:
         "verdict": _verdict(view),
         "dead_knobs": dead_knob_records(view),
     }
+
+
+def _is_of_search(view: SweepView, event: Mapping[str, Any]) -> bool:
+    """Whether a stage is one of those that the sweep planned, not of its confirmation alone."""
+    seeds = (view.started.get("spec") or {}).get("seeds") or {}
+    return event.get("phase") != "confirm" or event["seed"] in seeds.get("search", ())
 
 
 def _count(events: Iterable[dict[str, Any]], *states: State) -> int:
@@ -337,7 +344,9 @@ def _caption(view: SweepView, num_rows: int, limit: int | None) -> str:
     cap, total = view.started.get("cap_bytes"), view.started.get("num_finals", num_rows)
     shown = f"{min(limit, num_rows)} shown of " if limit is not None and limit < num_rows else ""
     limit_text = "" if cap is None else f"; cap {cap:,} bytes"
-    settled = f"{shown}{num_rows} of {total} finals settled; sweep {view.state}{limit_text}"
+    planned = sum(_is_of_search(view, event) for event in view.finals.values())
+    more = f" and {num_rows - planned} of the confirmation" if planned < num_rows else ""
+    settled = f"{shown}{planned} of {total} finals settled{more}; sweep {view.state}{limit_text}"
     return "\n".join([settled, *map(in_words, dead_knobs(view))])
 
 

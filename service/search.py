@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.choices import Choices
-from service.clocks import load_policy
 from service.curves import read_curve
 from service.facts import environment
 from service.identity import Inputs
 from service.judge import Judge, make_judge
 from service.launch import Launcher, Site
 from service.ledger import Ledger, SweepView
-from service.plan import Plan
+from service.plan import Plan, Training
 from service.policies import verdict
 from service.recorder import Recorder, trunk_found
 from service.sides import check_gate, judge_sweep
@@ -66,10 +65,11 @@ class SweepRun:
 
     def run(self) -> SweepView:
         """Compute what the ledger and the store do not have; return the sweep as it then stands."""
-        setting, policy = self.setting, load_policy(self.spec.clocks)
+        setting = self.setting
         with Ledger(self.folder.ledger) as self.ledger:
             constraints = setting.sweep.constraints
-            self.recorder = Recorder(self.ledger, self.store, self.talk, constraints, policy)
+            clocks = setting.sweep.clocks
+            self.recorder = Recorder(self.ledger, self.store, self.talk, constraints, clocks)
             self.choices = Choices(
                 setting.sweep, self.plan, setting.inputs, setting.file, self.recorder
             )
@@ -85,14 +85,15 @@ class SweepRun:
             except UsageError as error:
                 self._close(State.FAILED, str(error))
                 raise
-            if launcher.refusal is None:
+            reason = next(iter(launcher.refusals), None)
+            if reason is None or self._is_confirmed():
                 self._judge_confirmed()
-            self._close(verdict(self.ledger.view, launcher.refusal), launcher.refusal)
+            self._close(verdict(self.ledger.view, reason), reason)
             return self.ledger.view
 
     def _open(self) -> None:
         sweep, plan = self.setting.sweep, self.plan
-        self.interrupted = dict(self.ledger.view.running)
+        self.interrupted = dict(self.ledger.view.begun)
         write_text(self.folder.spec, to_yaml(sweep.spec))
         self.ledger.append(
             "sweep_started",
@@ -121,12 +122,11 @@ class SweepRun:
     def _record_known(self) -> None:
         """Take what the store has: from an earlier run, another sweep, or before a crash."""
         recorder = self.recorder
-        branches = {training.branch for training in self.plan.trainings}
-        interrupted = {event.get("branch") for event in self.interrupted.values()} - {None}
+        ours = self._interrupted_branches()
         for trunk in self.plan.trunks:
             found = trunk_found(self.store, trunk)
             if found is not None:
-                is_ours = bool(interrupted & {state.id for state in trunk.states} & branches)
+                is_ours = bool(ours & {state.id for state in trunk.states})
                 recorder.trunk_finished({**found, "cached": not is_ours})
         planned = {training.id: training for training in self.plan.trainings}
         for key, event in self.interrupted.items():
@@ -135,24 +135,47 @@ class SweepRun:
             recorder.expect(training)
             result = self.store.find("trainings", training.id)
             if result is not None:
-                is_ours = training.id in self.interrupted  # finished as our driver died
-                outcome = {"state": State.SUCCEEDED, "reason": None, "result": result}
-                recorder.training_finished(training, {**outcome, "cached": not is_ours})
+                self._record_training(training, result)
         for final in self.plan.finals:
             recorder.expect(final)
-            result = self.store.find("finals", final.id)
+            # Where finals are ranked first, a score on validation must not be looked at yet.
+            is_ranked_first = self.spec.search.final.rank_on == "holdout"
+            result = None if is_ranked_first else self.store.find("finals", final.id)
             if result is not None and recorder.is_trained(final.training):
                 recorder.final_ended(
                     {"final": final.id, "kind": "final", "result": result, "cached": True}
                 )
         self.talk.say("cache", hits=recorder.cache_hits)
 
+    def _record_training(self, training: Training, result: dict[str, Any]) -> None:
+        """Record a training that the store has; one that finished as our driver died is paid."""
+        begun = self.interrupted.get(training.id)
+        outcome = {"state": State.SUCCEEDED, "reason": None, "result": result}
+        if begun is None:
+            self.recorder.training_finished(training, {**outcome, "cached": True})
+            return
+        paid = {"cached": False, "tries": 1, "occupied_s": sum(result["clock_s"].values())}
+        self.recorder.training_finished(training, {**outcome, **paid}, begun.get("phase"))
+
+    def _interrupted_branches(self) -> set[str]:
+        """The states of trunks that trainings under way start from, with all before them."""
+        parents = {state.id: trunk.parent for trunk in self.plan.trunks for state in trunk.states}
+        found: set[str] = set()
+        for event in self.interrupted.values():
+            branch = event.get("branch")
+            while branch is not None:
+                found.add(branch)
+                branch = parents.get(branch)
+        return found
+
     def _search(self, launcher: Launcher) -> None:
         """Both searches: trainings first, then finals of all their banks."""
         search = self.spec.search
-        reserve_s = self._confirm_cost_s(launcher)
-        begun = [event["point"] for event in self.interrupted.values()]
-        trainings = self.choices.trainings(begun)
+
+        def reserve_s() -> float:
+            return self._confirm_cost_s(launcher)
+
+        trainings = self.choices.trainings(list(self.interrupted.values()))
         launcher.train(trainings, self._judge(), reserve_s=reserve_s)
         self.recorder.settle_without_bank(self.plan.finals)
         finals = self.choices.finals()
@@ -160,6 +183,7 @@ class SweepRun:
             launcher.finalize("final", finals, reserve_s=reserve_s)
         else:
             launcher.finalize("rank", finals, reserve_s=reserve_s)
+            self.recorder.settle_unranked()
             chosen, passed = self.choices.ranked()
             self.recorder.pass_over(passed)
             launcher.finalize("final", self._unsettled(chosen), reserve_s=reserve_s)
@@ -169,16 +193,17 @@ class SweepRun:
 
     def _confirm(self, launcher: Launcher) -> None:
         """The best points again, with the seeds that were written down for it, from step 0."""
-        if not self.spec.seeds.confirm or launcher.refusal is not None:
+        if not self.spec.seeds.confirm or launcher.is_used_up:
             return
         self.recorder.phase = "confirm"
         wanted = self.choices.confirmations()
         trainings = {each.training.id: each.training for each in wanted}
-        left = [t for t in trainings.values() if not self.recorder.is_over(t.id)]
-        launcher.train(Planned(left), None, reserve_s=0.0)
+        # One that a rung stopped in the search is trained to its end here.
+        left = [t for t in trainings.values() if not self.recorder.is_trained(t.id)]
+        launcher.train(Planned(left), None)
         for kind in ("final", "fit"):
             finals = self.choices.confirmed_finals(wanted, fitted=kind == "fit")
-            launcher.finalize(kind, self._unsettled(finals), reserve_s=0.0)
+            launcher.finalize(kind, self._unsettled(finals))
 
     def _unsettled(self, finals: Sequence[Any]) -> Planned[Any]:
         return Planned([final for final in finals if not self.recorder.is_settled(final.id)])
@@ -203,6 +228,10 @@ class SweepRun:
         return num * launcher.cost_of_steps_s(
             steps, self.setting.sweep.recipe["train"].get("max_clock_s")
         )
+
+    def _is_confirmed(self) -> bool:
+        phases = {final.get("phase") for final in self.ledger.view.finals.values()}
+        return "confirm" in phases
 
     def _judge_confirmed(self) -> None:
         if self.spec.gate is not None:

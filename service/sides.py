@@ -4,7 +4,7 @@ A side is a baseline's file or name, a sweep, or a final's id, in this order.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,10 +12,12 @@ import numpy as np
 
 from service import baselines
 from service.baselines import Baseline, BaselineResult
+from service.budget import seconds_per_step
 from service.confirmed import (
-    Group,
     bpb_of,
     confirm_groups,
+    is_scored,
+    key_of,
     sample_of_final,
     sample_of_sweep,
     search_groups,
@@ -25,14 +27,13 @@ from service.noise import noise_floor
 from service.paths import Paths, find_sweep
 from service.samples import Sample
 from service.specs import Gate
-from service.states import State
 from service.verdicts import decide, verdict_document
 from trainer.codec import dump
 from trainer.errors import UsageError
 
 _MIN_FINAL_PREFIX = 6
-# Over a limit or not, these were scored on the whole text.
-_SCORED = (State.SUCCEEDED, State.INFEASIBLE, State.ILLEGAL)
+# Val bpb by configuration and seed.
+_Rows = dict[str, dict[int, float]]
 
 
 def find_side(paths: Paths, ref: str, not_sweep: str | None = None) -> Sample:
@@ -148,7 +149,10 @@ def measure(view: SweepView) -> Baseline:
         tokens=sample.text.tokens,
         bytes=sample.text.bytes,
         tokenizer_sha256=sample.text.tokenizer,
-        results=tuple(BaselineResult(seed=r.seed, value=r.bpb) for r in sample.results),
+        results=tuple(
+            BaselineResult(seed=r.seed, value=r.bpb, configuration=r.configuration)
+            for r in sample.results
+        ),
         registered=sample.registered,
         remarks=sample.remarks,
         noise=noise_floor(_noise_tables(view), sample.text.bpb_per_nat),
@@ -156,34 +160,65 @@ def measure(view: SweepView) -> Baseline:
 
 
 def _noise_tables(view: SweepView) -> list[np.ndarray]:
-    """Val bpb [points, seeds] for each set of trainings that several seeds of a point share."""
-    groups = [*search_groups(view), *confirm_groups(view)]
-    tables: defaultdict[tuple[tuple[int, str], ...], dict[str, list[float]]] = defaultdict(dict)
-    for group in groups:
-        scored = {seed: e for seed, e in sorted(group.finals.items()) if e["state"] in _SCORED}
-        banks = tuple((seed, event["training"]) for seed, event in scored.items())
-        tables[banks][_name(group)] = [bpb_of(event) for event in scored.values()]
-    # A point that lacks a seed would count the trainings of its fellows twice.
-    whole = [banks for banks in tables if not any(set(banks) < set(other) for other in tables)]
-    return [np.array(list(tables[banks].values())) for banks in whole if banks]
+    """Val bpb [configurations, seeds] of each train point, NaN where one lacks a seed.
+
+    Finals of one train point and seed move together, straight or from a trunk: what shares a seed
+    is one table.
+    """
+    tables: defaultdict[str, list[_Rows]] = defaultdict(list)
+    for group in [*search_groups(view), *confirm_groups(view)]:
+        scored = [event for event in group.finals.values() if is_scored(event)]
+        if scored:
+            train = key_of(view.trainings[scored[0]["training"]]["point"])
+            row = {event["seed"]: bpb_of(event) for event in scored}
+            tables[train] = _joined(tables[train], {group.key: row})
+    return [_table(rows) for each in tables.values() for rows in each]
 
 
-def _name(group: Group) -> str:
-    return str(sorted(group.point.items()))
+def _joined(tables: Sequence[_Rows], rows: _Rows) -> list[_Rows]:
+    """The tables of a train point with one more, which takes in those that it shares a seed with;
+    of two values of one seed the earlier stands."""
+    seeds, joined, apart = _seeds(rows), dict(rows), list[_Rows]()
+    for known in tables:
+        if seeds.isdisjoint(_seeds(known)):
+            apart.append(known)
+        else:
+            joined |= {name: {**joined.get(name, {}), **row} for name, row in known.items()}
+    return [*apart, joined]
+
+
+def _seeds(rows: _Rows) -> set[int]:
+    return {seed for row in rows.values() for seed in row}
+
+
+def _table(rows: _Rows) -> np.ndarray:
+    seeds = sorted(_seeds(rows))
+    return np.array([[row.get(seed, np.nan) for seed in seeds] for row in rows.values()])
 
 
 def seed_cost_s(view: SweepView) -> float:
-    """Worker seconds of one more seed of one point: a training and its final, as they took here."""
+    """Worker seconds of one more seed of one point: a training from step 0 and its final.
+
+    As whole trainings took here; where all of them left a trunk or were taken up again, their
+    steps at the pace of all that was computed. UsageError where nothing was.
+    """
     workers = view.started["spec"]["resources"].get("workers", 1)
-    trainings = [e["occupied_s"] for e in view.trainings.values() if _was_computed(e)]
-    finals = [e["occupied_s"] for e in view.finals.values() if _was_computed(e)]
-    if not trainings:
+    trainings = [event for event in view.trainings.values() if event["result"] is not None]
+    whole = [event["occupied_s"] for event in trainings if _is_whole(event)]
+    pace = seconds_per_step(view)
+    if not trainings or pace is None:
         raise UsageError(
             f"{view.started['sweep_id']}: none of its trainings was computed by this sweep; give "
             "--gpu-seconds"
         )
-    return float(np.mean(trainings)) * workers + (float(np.mean(finals)) if finals else 0.0)
+    steps = [event["result"]["steps"] for event in trainings]
+    training_s = float(np.mean(whole)) if whole else pace * float(np.mean(steps))
+    scored = (event for event in view.finals.values() if is_scored(event) and not event["cached"])
+    finals = [event["occupied_s"] for event in scored if "occupied_s" in event]
+    return training_s * workers + (float(np.mean(finals)) if finals else 0.0)
 
 
-def _was_computed(event: dict[str, Any]) -> bool:
-    return not event["cached"] and event["result"] is not None and "occupied_s" in event
+def _is_whole(training: Mapping[str, Any]) -> bool:
+    """Whether a finished training was computed by this sweep, from step 0 and in one go."""
+    result = training["result"]
+    return not training["cached"] and result["steps_computed"] == result["steps"]

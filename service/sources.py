@@ -37,37 +37,32 @@ class Proposed(Generic[Stage]):
     """Stages of points that are chosen one by one.
 
     `history` tells of all known points, those under way included; `propose` chooses from it, the
-    attempt's number making one choice differ from the last; `expand` gives the stages of a point
-    that are new, none for one that is known or not allowed. `first` are points that were under way
-    when an earlier run of the sweep died: they come first, because part of them is paid for.
+    attempt's number making one choice differ from the last; `expand` gives the stages of a new
+    point, none for one that is known or not allowed. `first` are stages of known points that an
+    earlier run of the sweep left open: part of them is paid for.
     """
 
     def __init__(
         self,
         num: int,
-        first: Sequence[Point],
+        first: Sequence[Stage],
         history: Callable[[], Sequence[Told]],
         propose: Callable[[Sequence[Told], int], Point],
         expand: Callable[[Point], Sequence[Stage]],
     ) -> None:
         self._num = num
-        self._first = deque(first)
         self._history = history
         self._propose = propose
         self._expand = expand
-        self._ready: deque[Stage] = deque()
+        self._ready = deque(first)
 
     def next(self) -> Stage | None:
-        """The next stage of a point under way, else the first of a new one."""
+        """The next stage of a known point, else the first of a new one."""
         if not self._ready:
             self._ready.extend(self._of_next_point())
         return self._ready.popleft() if self._ready else None
 
     def _of_next_point(self) -> Sequence[Stage]:
-        while self._first:
-            stages = self._expand(self._first.popleft())
-            if stages:
-                return stages
         history = self._history()
         if len(history) >= self._num:
             return ()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from service.clocks import ClockPolicy, load_policy
 from service.specs import Overrides, SweepSpec
 from trainer.codec import (
     dump,
@@ -66,13 +67,15 @@ def parse_constraint(text: str, where: str) -> Constraint:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """A checked sweep: the spec, its recipe as plain data, its parsed constraints and rules."""
+    """A checked sweep: the spec, its recipe as plain data, its parsed constraints and rules, and
+    the clock policy that it names or the shipped one."""
 
     spec: SweepSpec
     recipe: dict[str, Any]
     constraints: tuple[Constraint, ...]
     data: DataSpec
     rules: Rules
+    clocks: ClockPolicy
 
     @property
     def cap_bytes(self) -> int | None:
@@ -114,7 +117,14 @@ def load_sweep(path: Path, assignments: Sequence[str] = ()) -> Sweep:
     rules.check(spec_.overrides)
     check_space(spec_.space, recipe, where, at_recipe, lay)
     data_spec = parse(DataSpec, recipe.get("data"), f"{at_recipe}: data")
-    return Sweep(spec=spec_, recipe=recipe, constraints=constraints, data=data_spec, rules=rules)
+    return Sweep(
+        spec=spec_,
+        recipe=recipe,
+        constraints=constraints,
+        data=data_spec,
+        rules=rules,
+        clocks=load_policy(spec_.clocks),
+    )
 
 
 def _assign(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

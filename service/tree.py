@@ -4,8 +4,9 @@ By steps, all that a training does at a step follows from what acts from its sta
 late events before that step: the warmdown begins, the learning rate reaches its floor, fake
 quantization comes on, the first SWA snapshot is taken. Trainings with an equal start and equal
 events before a step are equal up to it. So the trainings of one start form a tree: a line is a
-stretch without an event, and a training leaves it at its own next event. Where a training leaves
-its line follows from itself alone, so another sweep finds the state again.
+stretch without an event, and a training leaves it at its own next event, so another sweep finds
+the state again. But for the training that is left last on a line: nobody shares the rest with it,
+so it leaves with the one before, and where that is follows from the others.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -19,7 +19,7 @@ from ray import tune
 from service.broker import call
 from service.states import State
 from service.store import Store
-from trainer.errors import FairwayError
+from trainer.errors import BackendError, FairwayError
 from trainer.runtime.files import write_text
 
 Job = dict[str, Any]
@@ -141,6 +141,8 @@ def _outcome(work: Callable[[], Outcome], folder: Path) -> Outcome:
     """Do a stage's work; a failure becomes a fact about this stage, and the others go on."""
     try:
         return work()
+    except BackendError as error:  # no fault of this stage: another run tries it again
+        return {"state": State.CANCELLED, "reason": str(error), "result": None, "cached": False}
     except FairwayError as error:
         reason = str(error)
     except Exception as error:  # a bug or a broken machine: its trace is kept with the stage

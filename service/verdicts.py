@@ -21,6 +21,7 @@ Kind = Literal["welch", "paired", "one-sample"]
 
 # The level at which the leaderboard's later rows were accepted (techniques 1.8).
 FRONTIER_ALPHA = 0.25
+MIN_SEEDS = 2  # one tells no spread
 STRICT_SEEDS = 3
 INTERVAL = 0.95
 # Spreads below this share of the values are rounding, not noise.
@@ -215,7 +216,7 @@ def decide(
     test = held.test
     if test is None:
         raise UsageError(f"{held.reason}; give it more seeds")
-    if mode == "strict" and test.kind != "paired" and len(new.values) < STRICT_SEEDS:
+    if len(new.values) < least_seeds(mode, paired=test.kind == "paired"):
         raise UsageError(
             f"{new.name}: {len(new.values)} seeds; mode strict asks for {STRICT_SEEDS}, or for the "
             "same seeds on both sides"
@@ -238,6 +239,11 @@ def level_of(
 ) -> tuple[float, float]:
     """The gain in nats per token that a mode asks for, and the level that p is held against."""
     return (min_gain_nats, alpha) if mode == "strict" else (0.0, FRONTIER_ALPHA)
+
+
+def least_seeds(mode: Mode, *, paired: bool) -> int:
+    """The fewest results of the new side that a mode judges, however clear they are."""
+    return STRICT_SEEDS if mode == "strict" and not paired else MIN_SEEDS
 
 
 def _no_loss(test: TTest) -> tuple[bool, str]:

@@ -28,6 +28,8 @@ class Seeded:
     bytes: int = 151_079_963
     tokenizer: str = TOKENIZER
     occupied_s: float = 600.0
+    steps_computed: int = 7_000
+    """Of the 7,000 of each training."""
     _trainings: set[str] = field(default_factory=set[str])
 
     def __post_init__(self) -> None:
@@ -61,25 +63,42 @@ class Seeded:
                 for seed, bpb in scores.items()
             ]
 
+    def grow_trunk(self, steps: int, occupied_s: float) -> None:
+        """Compute steps that several trainings share."""
+        with Ledger(self.path) as ledger:
+            ledger.append(
+                "trunk_finished", trunk=_id(["trunk", steps]), states=[_id(["state", steps])],
+                state="succeeded", reason=None, cached=False, tries=1, steps_computed=steps,
+                occupied_s=occupied_s,
+            )  # fmt: skip
+
     def _add_one(
         self, ledger: Ledger, phase: str, point: dict[str, Any], seed: int, bpb: float,
         facts: Mapping[str, Any],
     ) -> str:  # fmt: skip
         bank = {path: value for path, value in point.items() if path in (WARMDOWN, EMA)}
-        training, final = _id(["training", bank, seed]), _id(["final", point, seed])
+        training = _id(["training", bank, seed])
+        final = _id(["final", point, seed, facts.get("fitted", False)])
         if training not in self._trainings:
             self._trainings.add(training)
             ledger.append(
                 "training_finished", training=training, point=bank, seed=seed, phase=phase,
                 state="succeeded", reason=None, cached=False, tries=1,
-                occupied_s=self.occupied_s, result=train_result(2500.0),
+                occupied_s=self.occupied_s,
+                result=train_result(2500.0) | {"steps_computed": self.steps_computed},
             )  # fmt: skip
         result = final_result(point, 15_000_000)
         result["score"] |= {"val_bpb": bpb, "tokens": self.tokens, "bytes": self.bytes}
-        given = {"state": "succeeded", "reason": None, "result": result, **facts}
+        given = {
+            "state": "succeeded",
+            "reason": None,
+            "result": result,
+            "occupied_s": 90.0,
+            **facts,
+        }
         ledger.append(
             "final_scored", final=final, training=training, point=point, seed=seed, phase=phase,
-            cached=False, occupied_s=90.0, **given,
+            cached=False, **given,
         )  # fmt: skip
         return final
 

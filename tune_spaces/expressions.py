@@ -22,6 +22,7 @@ MAX_CHARS = 300
 _MAX_NODES = 250  # so that walking one never runs out of stack
 _MAX_NUMBER = 2**63
 _MAX_EXPONENT = 64
+_MAX_DIGITS = 20  # that round keeps or clears: it works out 10 to this power
 _WORDS: dict[str, Value | None] = {"true": True, "false": False, "none": None}
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "min": min,
@@ -89,7 +90,7 @@ class Expression:
                 return self._compare(node, recipe)
             case ast.Call():
                 given = [_number(self._eval(item, recipe)) for item in node.args]
-                return _FUNCTIONS[ast.unparse(node.func)](*given)
+                return _call(ast.unparse(node.func), given)
             case _:  # refused when it was read
                 raise TypeError(f"cannot evaluate {ast.unparse(node)}")
 
@@ -280,7 +281,16 @@ def _calculate(operation: ast.operator, left: int | float, right: int | float) -
             raise ValueError("a power is too large")
         if left < 0 and not float(right).is_integer():
             raise ValueError("a root of a number below 0")
-    result = _combine(operation, left, right)
+    return _bounded(_combine(operation, left, right))
+
+
+def _call(name: str, given: list[int | float]) -> int | float:
+    if name == "round" and len(given) > 1 and abs(given[1]) > _MAX_DIGITS:
+        raise ValueError(f"round takes at most {_MAX_DIGITS} digits")
+    return _bounded(_FUNCTIONS[name](*given))
+
+
+def _bounded(result: int | float) -> int | float:
     if not math.isfinite(result) or abs(result) > _MAX_NUMBER:
         raise ValueError("a number is too large")
     return result

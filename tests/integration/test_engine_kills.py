@@ -123,6 +123,22 @@ def begin(root: Path, *where: str) -> Iterator[Disturbed]:
             run.kill_everything()
 
 
+def assert_gone(pids: list[int]) -> None:
+    """What a killed command had started ends by itself."""
+    deadline = time.monotonic() + 60
+    while (left := [p for p in pids if is_alive(p)]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left == []
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
 def assert_ended_as(finished: Finished, cli: Cli) -> None:
     """The same results as an undisturbed run, and each stage once."""
     assert by_point(cli.home, DETERMINED) == by_point(finished.cli.home, DETERMINED)
@@ -138,7 +154,7 @@ def assert_ended_as(finished: Finished, cli: Cli) -> None:
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Cli:
     """A rank killed within the trunk, a trial while its gang comes back, a final's process at work,
-    then the command with its Ray and all it has started; then run again to the end."""
+    then the command alone, whose Ray must end by itself; then run again to the end."""
     root = tmp_path_factory.mktemp("killed")
     with begin(root) as run:
         run.kill_a_rank_in_the_trunk()
@@ -146,10 +162,28 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Cli:
         run.wait_until(lambda: run.finals() > 0)
         run.kill_a_trial()
         run.wait_until(lambda: run.finals() > 2)
-        run.kill_everything()
+        started = below(run.process.pid)
+        os.kill(run.process.pid, signal.SIGKILL)
+        run.process.wait()
+        assert_gone(started)
     with begin(root) as again:
         again.end()
     return again.cli
+
+
+def test_mlflow_has_each_run_once_after_the_kills(killed: Cli):
+    from mlflow import MlflowClient
+
+    from service.paths import Paths
+    from service.tracking import default_uri
+
+    client = MlflowClient(default_uri(Paths(killed.home)))
+    experiment = client.get_experiment_by_name("micro")
+    runs = client.search_runs([experiment.experiment_id])
+
+    names = Counter(run.data.tags["fairway.id"] for run in runs)
+    assert set(names.values()) == {1}
+    assert len(names) == 1 + NUM_TRAININGS + NUM_FINALS
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 
 from tests import tiny
 from trainer.codec import dump, parse
-from trainer.errors import DataError, UsageError
+from trainer.errors import DataError, Stopped, UsageError
 from trainer.results import StateResult
 from trainer.run import grow_trunk, is_trained, load_training, train
 from trainer.runtime.distributed import Ranks
@@ -487,6 +487,46 @@ def test_by_wall_clock_a_trunk_that_runs_out_of_steps_leaves_what_is_left(tiny_d
     train(task_of(values), tiny_dataset, tmp_path / "straight", ALONE)
     assert tail.steps_computed == 0
     assert_same_training(tmp_path / "straight", tmp_path / "tail")
+
+
+def by_share(share, root):
+    """A state by wall clock, to be left when that share of the run is left."""
+    schedule = Schedule(basis="wallclock", warmdown_iters=0, warmdown_fraction=share)
+    return Departure(schedule=schedule), root / f"state-{share}"
+
+
+@pytest.mark.parametrize("own_start", [False, True], ids=["own states", "a start of its own"])
+def test_by_wall_clock_no_state_is_left_later_than_its_departure(tiny_dataset, tmp_path, own_start):
+    flat = task_of(wallclock() | {"train.averages.swa": None, "train.max_clock_s": 3.0})
+    early, late = by_share(0.9, tmp_path), by_share(0.5, tmp_path)
+    grow_trunk(flat, tiny_dataset, [late], tmp_path / "first", ALONE)
+
+    # The later state is there, the earlier one is not: it was left by a trunk that had only that.
+    states, start = ([early], late[1]) if own_start else ([early, late], None)
+    grow_trunk(flat, tiny_dataset, states, tmp_path / "second", ALONE, start=start)
+
+    assert 0.3 <= state_of(early[1]).train_clock_s < 1.5 <= state_of(late[1]).train_clock_s
+    assert state_of(early[1]).steps_computed == state_of(early[1]).step
+
+
+def test_by_wall_clock_a_checkpoint_past_a_departure_is_no_start(tiny_dataset, tmp_path):
+    task = task_of(wallclock() | {"train.averages.swa": None, "train.max_clock_s": 3.0})
+    early, late = by_share(0.9, tmp_path), by_share(0.1, tmp_path)
+    journal = tmp_path / "work" / "trunk" / "metrics.jsonl"
+
+    def steer(step, val_bpb):
+        points = map(json.loads, journal.read_text(encoding="utf-8").splitlines())
+        seconds = max(point.get("train/clock_s", 0.0) for point in points)
+        return "enough" if seconds > 1.5 else None
+
+    with pytest.raises(Stopped):
+        grow_trunk(task, tiny_dataset, [late], tmp_path / "work", ALONE, steer=steer)
+    assert list(journal.parent.glob("checkpoint/*"))
+
+    grow_trunk(task, tiny_dataset, [early], tmp_path / "work", ALONE)
+
+    assert 0.3 <= state_of(early[1]).train_clock_s < 1.5
+    assert state_of(early[1]).steps_computed == state_of(early[1]).step
 
 
 def test_what_is_observed_is_no_part_of_a_trunk(trunk, tiny_dataset, tmp_path):

@@ -78,6 +78,100 @@ async def test_a_failed_job_is_done_again_when_it_is_asked_for_again():
 
 
 @on_a_loop
+async def test_a_failed_trunk_is_not_done_again_for_each_of_its_tails():
+    broker = make(infra_retries=0)
+    asked = await ask(broker, "t", "trunk")
+    await broker.take("gang-0")
+    await broker.fault("gang-0", "killed")
+    first = await asked
+
+    again = await asyncio.wait_for(broker.run(job("t", "trunk")), 1)
+
+    assert (first["state"], first["tries"]) == ("failed", 1)
+    assert again == {**first, "tries": 0, "occupied_s": 0.0}
+    assert await broker.take("gang-0") is None
+
+
+@on_a_loop
+async def test_workers_that_were_lost_while_they_waited_take_no_job():
+    broker = make(infra_retries=0, idle_s=5.0)
+    ghost = asyncio.create_task(broker.take("gang-0"))
+    await asyncio.sleep(0.01)
+    await broker.fault("gang-0", "rank 0: killed")
+    assert await asyncio.wait_for(ghost, 1) is None
+    assert await broker.hello("gang-0", [RANK, RANK]) is None
+
+    waiting = asyncio.create_task(broker.take("gang-0"))
+    await asyncio.sleep(0.01)
+    asked = await ask(broker, "a")
+    assert (await waiting)["id"] == "a"
+    await broker.finish("gang-0", "a", "succeeded")
+
+    outcome = await asked
+    assert (outcome["state"], outcome["tries"]) == ("succeeded", 1)
+
+
+@on_a_loop
+async def test_new_workers_that_ask_for_a_job_end_the_waiting_of_the_former_ones():
+    broker = make(infra_retries=0, idle_s=5.0)
+    ghost = asyncio.create_task(broker.take("gang-0"))
+    await asyncio.sleep(0.01)
+    waiting = asyncio.create_task(broker.take("gang-0"))
+    assert await asyncio.wait_for(ghost, 1) is None
+
+    asked = await ask(broker, "a")
+    assert (await waiting)["id"] == "a"
+    await broker.finish("gang-0", "a", "succeeded")
+    assert (await asked)["tries"] == 1
+
+
+@on_a_loop
+async def test_once_new_workers_say_hello_a_job_is_theirs():
+    broker = make(idle_s=5.0)
+    ghost = asyncio.create_task(broker.take("gang-0"))
+    await asyncio.sleep(0.01)
+    await broker.hello("gang-0", [RANK, RANK])
+    asked = await ask(broker, "a")
+
+    assert await asyncio.wait_for(ghost, 1) is None
+    assert (await broker.take("gang-0"))["id"] == "a"
+    asked.cancel()
+
+
+@on_a_loop
+async def test_a_job_that_comes_while_lost_workers_come_back_waits_for_them():
+    broker = make(num_gangs=2, infra_retries=0, idle_s=5.0)
+    ghost = asyncio.create_task(broker.take("gang-0"))
+    await asyncio.sleep(0.01)
+    await broker.fault("gang-0", "rank 0: killed")
+    asked = await ask(broker, "a")
+    assert await ghost is None
+
+    other = asyncio.create_task(broker.wait_for_work("gang-1"))
+    await asyncio.sleep(0.01)
+    assert not other.done()  # gang-0 is on its way up and takes it
+    assert (await broker.take("gang-0"))["id"] == "a"
+    await broker.finish("gang-0", "a", "succeeded")
+    assert (await asked)["tries"] == 1
+    await broker.close()
+    assert not await other
+
+
+@on_a_loop
+async def test_a_gang_that_ended_leaves_nobody_waiting_in_its_name():
+    broker = make(infra_retries=0, idle_s=5.0)
+    ghost = asyncio.create_task(broker.take("gang-0"))
+    await asyncio.sleep(0.01)
+    await broker.gang_ended("gang-0", None)
+    asked = await ask(broker, "a")
+
+    assert await asyncio.wait_for(broker.wait_for_work("gang-0"), 1)
+    assert (await broker.take("gang-0"))["id"] == "a"
+    assert await ghost is None
+    asked.cancel()
+
+
+@on_a_loop
 async def test_a_caller_that_dies_leaves_its_job_to_the_next():
     broker = make()
     dying = await ask(broker, "a")
@@ -136,6 +230,53 @@ async def test_the_rank_that_failed_is_quoted_not_the_one_that_heard_of_it():
 
     assert said == [True, True]
     assert (await asked)["reason"] == "shard 3: truncated"
+
+
+@on_a_loop
+async def test_what_ranks_only_heard_of_is_a_lost_try_and_no_failed_training():
+    broker = make(meeting_s=10.0)
+    asked = await ask(broker, "a")
+    await broker.take("gang-0")
+    heard = "another worker of the gang failed; see its log"
+
+    telling = asyncio.create_task(broker.failed("gang-0", "a", 1, heard))
+    await asyncio.sleep(0.01)
+    await broker.fault("gang-0", "rank 0: BackendError: could not ask whether to go on")
+    assert not await asyncio.wait_for(telling, 1)
+    assert not asked.done()
+    await broker.take("gang-0")
+    await broker.finish("gang-0", "a", "succeeded")
+
+    outcome = await asked
+    assert (outcome["state"], outcome["tries"]) == ("succeeded", 2)
+
+
+@on_a_loop
+async def test_ranks_that_only_heard_of_a_failure_settle_nothing_before_the_fault_is_known():
+    broker = make(meeting_s=0.05)
+    asked = await ask(broker, "a")
+    await broker.take("gang-0")
+
+    heard = "another worker of the gang failed; see its log"
+    assert not await broker.failed("gang-0", "a", 1, heard)
+    assert list(await broker.running()) == ["a"]
+    asked.cancel()
+
+
+@on_a_loop
+async def test_a_failure_told_by_lost_workers_does_not_end_the_next_try():
+    broker = make(meeting_s=0.1)
+    asked = await ask(broker, "a")
+    await broker.take("gang-0")
+
+    telling = asyncio.create_task(broker.failed("gang-0", "a", 1, "shard 3: truncated"))
+    await asyncio.sleep(0.01)
+    await broker.fault("gang-0", "rank 0: killed")
+    assert not await telling
+    assert (await broker.take("gang-0"))["id"] == "a"
+    await broker.finish("gang-0", "a", "succeeded")
+
+    assert (await asked)["state"] == "succeeded"
 
 
 @on_a_loop

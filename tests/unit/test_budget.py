@@ -101,11 +101,8 @@ def test_the_pace_is_measured_over_all_that_was_computed():
     assert seconds_per_step(view()) is None
 
 
-def test_the_account_in_words_has_hours_by_phase_and_the_money():
-    words = Account(Budget(usd=10.0, usd_per_gpu_hour=2.0), 0.0).in_words({"search": 7_200.0})
-    assert words == {
-        "gpu_hours": {"search": 2.0},
-        "total_gpu_hours": 2.0,
-        "limit_gpu_hours": 5.0,
-        "usd": 4.0,
-    }
+def test_all_is_used_up_only_when_the_limit_itself_is_reached():
+    account = Account(Budget(gpu_hours=1.0), 0.0)
+    assert not account.is_used_up(3_599.0, now=0.0)
+    assert account.is_used_up(3_600.0, now=0.0)
+    assert Account(Budget(deadline_hours=1.0), 0.0).is_used_up(0.0, now=3_600.0)

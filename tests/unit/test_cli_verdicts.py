@@ -124,6 +124,15 @@ def test_the_planner_says_how_many_seeds_and_what_they_cost(home):
     assert frontier["seeds"] < plan["seeds"]
 
 
+def test_a_plan_for_strict_has_the_three_seeds_that_its_gate_asks_for(home):
+    words = ("baseline", "plan", "pr414", "--gain-nats", "0.1")
+
+    def seeds(mode: str) -> int:
+        return yaml.safe_load(fairway(home, *words, "--mode", mode).stdout)["seeds"]
+
+    assert (seeds("strict"), seeds("frontier")) == (3, 2)
+
+
 def test_a_gain_under_the_asked_one_is_never_planned_for(home):
     result = fairway(home, "baseline", "plan", "pr414", "--gain-nats", "0.004")
 

@@ -3,7 +3,7 @@
 import pytest
 
 from service import report
-from service.confirmed import best_confirmed, sample_of_final, sample_of_sweep
+from service.confirmed import best_confirmed, confirmed_document, sample_of_final, sample_of_sweep
 from service.ledger import Ledger
 from tests.ledgers import final_result
 from tests.seeded import Seeded, point
@@ -141,6 +141,44 @@ def test_a_final_stands_for_its_point_with_all_seeds_of_its_phase(sweep):
 
     assert sample.values == (1.107, 1.108, 1.1105)
     assert (sample.name, sample.chosen_among) == (finals[2][:12], 1)
+
+
+def fitted(*seeds: int) -> dict:
+    return {seed: {"fitted": True} for seed in seeds}
+
+
+def test_fitted_finals_and_plain_ones_of_a_point_are_two_configurations(sweep):
+    sweep.add("search", SOUND, {1: 1.090}, fitted(1))
+    plain = sweep.add("confirm", SOUND, {7: 1.107, 8: 1.108, 9: 1.1105})
+    fits = sweep.add("confirm", SOUND, {7: 1.097, 8: 1.098, 9: 1.099}, fitted(7, 8, 9))
+    view = sweep.view()
+
+    sample = sample_of_sweep(view)
+
+    assert (sample.values, sample.chosen_among) == ((1.097, 1.098, 1.099), 2)
+    assert {result.configuration for result in sample.results} == {"fitted"}
+    assert sample.source.endswith(", fitted")
+    assert report.best(view)["final"] == fits[1]
+    assert report.best_document(view, {})["confirmed"]["search_bpb"] == 1.090
+    assert sample_of_final(view, fits[0]).values == (1.097, 1.098, 1.099)
+    assert sample_of_final(view, plain[0]).values == (1.107, 1.108, 1.1105)
+    assert {result.configuration for result in sample_of_final(view, plain[0]).results} == {None}
+
+
+def test_a_fitted_seed_does_not_stand_in_for_a_plain_one_that_is_missing(sweep):
+    sweep.add("confirm", SOUND, {7: 1.107, 8: 1.108})
+    sweep.add("confirm", SOUND, {9: 1.099}, fitted(9))
+
+    assert best_confirmed(sweep.view()) is None
+
+
+def test_a_searchs_final_without_a_score_leaves_the_confirmed_points_value(tmp_path):
+    sweep = Seeded(tmp_path, search=(1, 2), confirm=(7, 8))
+    ranked = {"state": "infeasible", "reason": "over", "result": {"holdout_bpb": 1.0}}
+    sweep.add("search", SOUND, {1: 1.105, 2: 0.0}, {2: ranked})
+    sweep.add("confirm", SOUND, {7: 1.107, 8: 1.108})
+
+    assert confirmed_document(sweep.view())["search_bpb"] == 1.105
 
 
 def test_the_verdict_of_the_ledger_is_shown(sweep):

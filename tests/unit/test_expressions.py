@@ -26,6 +26,8 @@ def value(text, recipe=RECIPE):
         ("train.iterations % 5", 2),
         ("2 ** 10", 1024),
         ("round(train.iterations * 0.3)", 4),
+        ("round(train.iterations / 7, 2)", 1.71),
+        ("round(1234, -2)", 1200),
         ("min(train.iterations, 5, 7)", 5),
         ("max(abs(-3), int(2.9))", 3),
         ("train.schedule.min_lr_scale", 0.0),  # a default that the file does not write
@@ -130,6 +132,9 @@ def test_what_is_no_expression_is_refused_in_one_line_with_file_and_field(text, 
         ("not train.order", "'shuffled' is neither true nor false"),
         ("int('5')", "'5' is not a number"),
         ("max()", "at least 1 argument"),
+        ("round(123456789, -30000000)", "round takes at most 20 digits"),
+        ("round(train.iterations, 2 ** 40)", "round takes at most 20 digits"),
+        ("round(9223372036854775807, -19)", "a number is too large"),
     ],
 )
 def test_what_cannot_be_worked_out_is_told_in_one_line(text, reason):

@@ -76,6 +76,18 @@ def test_paired_noise_of_two_points_is_the_spread_of_their_difference():
     assert floor.paired_sd_bpb == pytest.approx(np.std(table[1] - table[0], ddof=1))
 
 
+def test_points_that_lack_seeds_give_way_to_those_with_the_most_but_for_the_pairs():
+    gap = np.nan
+    table = np.array([[1.10, 1.12, 1.15], [1.11, 1.12, gap], [1.20, 1.23, gap]])
+
+    floor = noise_floor([table], FACTOR)
+
+    assert floor.sd_bpb == pytest.approx(np.std(table[0], ddof=1))
+    assert (floor.df, floor.num_points) == (2, 1)
+    pairs = noise_floor([table[:, :2]], FACTOR)
+    assert (floor.paired_sd_bpb, floor.paired_df) == (pairs.paired_sd_bpb, 2)
+
+
 def test_a_single_seed_has_no_noise_to_measure():
     with pytest.raises(UsageError, match="no point was scored with two seeds"):
         noise_floor([np.array([[1.1], [1.2]])], FACTOR)
@@ -102,6 +114,14 @@ def test_the_planned_power_is_what_simulated_tests_reach():
     p = stats.ttest_ind(old, new, axis=1, alternative="greater").pvalue
 
     assert (p < 0.05).mean() == pytest.approx(plan.power, abs=0.02)
+
+
+def test_no_fewer_seeds_are_planned_than_are_asked_for():
+    free, asked = plan_seeds(1.0, 12.0, 0.01, 0.8), plan_seeds(1.0, 12.0, 0.01, 0.8, min_n=3)
+
+    assert (free.n, asked.n) == (2, 3)
+    assert asked.power > free.power
+    assert plan_seeds(1.0, 1.5, 0.05, 0.8, min_n=3) == plan_seeds(1.0, 1.5, 0.05, 0.8)
 
 
 def test_pairs_take_fewer_seeds_than_two_samples_of_the_same_noise():

@@ -6,12 +6,16 @@ from typing import Any
 import pytest
 import yaml
 
+import service
 from service.identity import Inputs, fit_id, rank_id
 from service.plan import Plan, make_plan, plan_training
 from service.sweep import load_sweep
 from trainer.errors import UsageError
 
 INPUTS = Inputs(data_digest="sha256:data", code_digest="code", vocab_size=1024)
+DECAY = "train.averages.ema_decay"
+TPE = {"method": "tpe"}
+TPE_FINALS = {"final": {**TPE, "per_bank": 1}}
 SPACE = {
     "train.schedule.warmdown_iters": {"values": [10, 20]},
     "train.averages.ema_decay": {"values": [0.9, 0.95, 0.99]},
@@ -158,6 +162,78 @@ def test_threads_set_the_order_of_sums_so_they_change_ids(plan):
     assert one[1].isdisjoint(two[1])
 
 
+SWA = "train.averages.swa={start: {progress: 0.9}, every: 50}"  # no snapshot in 120 iterations
+AVERAGES = {"final.average": {"values": ["ema", "swa"]}}
+
+
+@pytest.mark.parametrize(
+    ("assignments", "changes"),
+    [
+        (
+            (SWA,),
+            {
+                "space": {"final.average": {"values": ["ema", "raw"]}},
+                "overrides": {"final.average": "swa"},
+            },
+        ),
+        ((SWA,), {"space": AVERAGES, "where": ["final.average is ema"]}),
+        ((SWA,), {"space": AVERAGES, "where": ["final.average is ema"], "search": TPE_FINALS}),
+        (
+            (SWA,),
+            {
+                "space": {"final.average": {"values": ["swa"], "when": "train.iterations > 120"}}
+                | {"train.iterations": {"values": [120, 160]}},
+                "search": TPE_FINALS,
+            },
+        ),
+    ],
+)
+def test_only_averages_that_a_final_takes_need_their_snapshots(plan, assignments, changes):
+    assert plan(*assignments, **changes).num_finals > 0
+
+
+@pytest.mark.parametrize("search", [{}, TPE_FINALS])
+def test_an_average_of_the_space_without_a_snapshot_is_refused(plan, search):
+    with pytest.raises(UsageError, match=r"averages\.swa takes no snapshot in 120 iterations"):
+        plan(SWA, space=AVERAGES, search=search)
+
+
+NO_PRUNING = {"values": [0.9, 0.95], "when": "final.prune.ratio < 0.1"}
+
+
+@pytest.mark.parametrize("search", [{}, TPE_FINALS])
+def test_a_final_without_the_decay_axis_finds_the_recipes_own_decay(plan, search):
+    space = {"final.prune.ratio": {"values": [0.05, 0.15]}, DECAY: NO_PRUNING}
+
+    made = plan(space=space, search=search, overrides={DECAY: 0.99})
+
+    (training,) = made.trainings
+    assert training.task.train.averages.decays() == (0.9, 0.95, 0.99)
+    banked = {f"ema-{decay!r}" for decay in training.task.train.averages.decays()}
+    assert {final.task.entry for final in made.finals} == (set() if search else banked)
+
+
+def test_the_recipes_own_decay_is_not_banked_where_every_final_has_the_axis(plan):
+    made = plan(space={DECAY: {"values": [0.9, 0.95]}}, overrides={DECAY: 0.99})
+
+    assert made.trainings[0].task.train.averages.decays() == (0.9, 0.95)
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        {"kind": "asha", "first_step": 10},
+        {"kind": "reference", "training": "base", "margin_bpb": 0.1},
+    ],
+)
+def test_trainings_that_may_be_stopped_early_run_from_step_0(plan, stop):
+    made = plan(search={"train": {"stop": stop}})
+
+    assert made.trunks == ()
+    assert [training.branch for training in made.trainings] == [None, None]
+    assert made.forecast["steps"] == made.forecast["steps_straight"]
+
+
 def test_points_that_mean_the_same_are_run_once(plan):
     # Without an EMA in the final, the decay changes nothing.
     made = plan("final.average=raw")
@@ -249,6 +325,7 @@ def test_on_a_cpu_a_branched_training_is_the_straight_one(plan, tmp_path):
         ("resources.gpus_per_worker=1",),
         ("train.compile=true",),
         ("train.schedule.basis=wallclock", "train.max_clock_s=60"),
+        ("train.max_clock_s=60",),  # a branched one may end at another step
     ],
 )
 def test_where_bits_may_differ_a_branched_training_is_another(plan, tmp_path, assignments):
@@ -272,10 +349,22 @@ def test_a_sweep_with_more_to_spend_is_the_same_sweep(plan, assignment):
 
 
 @pytest.mark.parametrize(
-    "assignment", ["train.seq_len=128", "seeds.search=[5]", "resources.workers=2", "clocks=own"]
+    "assignment", ["train.seq_len=128", "seeds.search=[5]", "resources.workers=2"]
 )
 def test_a_sweep_that_asks_for_something_else_is_another_sweep(plan, assignment):
     assert plan(assignment).sweep_id != plan().sweep_id
+
+
+def test_a_sweep_is_what_its_clock_policy_says_and_not_where_that_lies(plan, tmp_path):
+    shipped = (Path(service.__file__).parent / "clocks.yaml").read_text()
+    moved, edited = tmp_path / "moved.yaml", tmp_path / "edited.yaml"
+    moved.write_text(shipped)
+    other = yaml.safe_load(shipped)
+    other["phases"]["validate"]["clock"] = "train"
+    edited.write_text(yaml.safe_dump(other))
+
+    assert plan(clocks=str(moved)).sweep_id == plan().sweep_id
+    assert plan(clocks=str(edited)).sweep_id != plan().sweep_id
 
 
 def test_ranks_and_fits_have_ids_of_their_own(plan):
@@ -291,9 +380,6 @@ def test_ranks_and_fits_have_ids_of_their_own(plan):
 
     assert rank == final.rank
     assert len({rank, final.id, final.artifact, *fits}) == 7
-
-
-TPE = {"method": "tpe"}
 
 
 def test_a_tpe_of_finals_has_trainings_but_no_finals_yet(plan):

@@ -101,6 +101,22 @@ def node(cpus: float, gpus: float = 0, *, alive: bool = True) -> dict[str, Any]:
             [node(64, 7)],
             "need 8 × 1 GPU on one node, have 7",
         ),
+        (
+            Resources(workers=8, gpus_per_worker=1),
+            [node(64), node(4, 8)],
+            "need 8 × (1 CPU + 1 GPU) on one node, have 4: a node is short of CPU",
+        ),
+        (
+            Resources(workers=2, gpus_per_worker=1, placement="PACK"),
+            [node(8), node(0, 8)],
+            "need 2 × (1 CPU + 1 GPU), have 0: a node is short of GPU",
+        ),
+        (
+            Resources(workers=2, gpus_per_worker=1, placement="STRICT_SPREAD"),
+            [node(8, 8), node(8), node(0, 8)],
+            "need 2 × (1 CPU + 1 GPU), have 1: a node is short of GPU",
+        ),
+        (Resources(workers=8, gpus_per_worker=1), [node(64), node(8, 8)], None),
     ],
 )
 def test_a_gang_that_never_fits_says_what_it_needs_and_what_there_is(resources, nodes, missing):

@@ -12,12 +12,12 @@ import pytest
 import yaml
 
 from service.attention import Attention
-from service.footprint import footprint
+from service.footprint import example, footprint
 from service.identity import inputs_of
 from service.machine import Machine, look
 from service.paths import Paths
 from service.plan import Plan, make_plan
-from service.preflight import Check, checks, require_ready
+from service.preflight import Check, asks_kernel, checks, require_ready
 from service.store import Store
 from service.sweep import Sweep, load_sweep
 from tests import tiny
@@ -251,6 +251,16 @@ def test_a_kernel_other_than_the_required_one_fails(home):
     assert "kernel" not in unasked
 
 
+@pytest.mark.parametrize(
+    ("require", "asks"),
+    [(None, False), ({"free_disk_gb": 0.001}, False), ({"attention": "flash"}, True)],
+)
+def test_only_who_requires_a_kernel_has_torch_started_for_it(home, require, asks):
+    sweep, _, _ = planned(home, require=require)
+
+    assert asks_kernel(sweep) is asks
+
+
 def test_a_node_that_does_not_see_the_store_fails(home):
     here = look(home.store)
     nodes = [replace(here, sees_mark=True), replace(here, host="far", sees_mark=False)]
@@ -332,13 +342,27 @@ def test_only_visible_gpus_count(home, two_gpus, monkeypatch, visible, indices):
     assert len(all_of_them.gpus) == 2
 
 
-def test_a_driver_that_does_not_answer_fails(home, two_gpus):
+@pytest.mark.parametrize(("gpus", "verdict"), [(0, "warn"), (1, "fail")])
+def test_a_driver_that_does_not_answer_fails_what_asks_for_gpus(home, two_gpus, gpus, verdict):
     two_gpus.write_text("#!/bin/sh\necho Failed to initialize NVML: Driver mismatch\nexit 18\n")
 
-    found = wrong(examine(home))
+    found = examine(home, resources={"gpus_per_worker": gpus})
 
-    assert "nvidia-smi: Failed to initialize NVML: Driver mismatch" in found["gpu"]
-    assert found["gpu"].startswith("fail")
+    driver = next(check for check in found if check.name == "gpu")
+    assert "nvidia-smi: Failed to initialize NVML: Driver mismatch" in driver.detail
+    assert driver.verdict == verdict
+
+
+def test_a_grid_of_which_where_leaves_one_point_is_checked_at_that_point(home):
+    axis = {"min": 0.001, "max": 0.06, "num": 60}
+    space = {"final.prune.ratio": axis, "train.optimizer.matrix.lr": dict(axis)}
+    where = ["final.prune.ratio == 0.06", "train.optimizer.matrix.lr == 0.06"]
+
+    sweep, _, plan = planned(home, space=space, where=where)
+
+    assert example(sweep, plan).final.prune.ratio == 0.06
+    assert example(sweep).train.optimizer.matrix.lr == 0.06
+    assert not wrong(examine(home, space=space, where=where))
 
 
 def install(folder: Path, name: str, version: str, *lines: str) -> None:

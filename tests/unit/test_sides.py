@@ -150,7 +150,64 @@ def test_a_point_that_lacks_a_seed_does_not_count_its_bank_twice(tmp_path):
     whole = measure(sweep.view()).noise
     sweep.add("search", P5, {1: 1.101, 2: 1.1215})
 
-    assert measure(sweep.view()).noise == whole
+    floor = measure(sweep.view()).noise
+
+    assert (floor.sd_bpb, floor.df, floor.num_points) == (whole.sd_bpb, 2, 1)
+    assert floor.paired_df == 1  # two seeds have both finals
+
+
+@pytest.mark.parametrize(
+    "unscored",
+    [
+        {"state": "infeasible", "reason": "nothing fits the cap", "result": None, "fitted": True},
+        {"state": "illegal", "reason": "bank quarantined", "result": None},
+        {"state": "infeasible", "reason": "over", "result": {"holdout_bpb": 1.0, "steps": 1}},
+    ],
+)
+def test_finals_without_a_score_leave_noise_and_cost_as_they_are(tmp_path, unscored):
+    sweep = Seeded(tmp_path, search=(1, 2))
+    sweep.add("search", NONE, {1: 1.10, 2: 1.12})
+    noise, cost_s = measure(sweep.view()).noise, seed_cost_s(sweep.view())
+    facts = {**unscored, "occupied_s": 1.0}
+    sweep.add("search", P5, {1: 0.0, 2: 0.0}, {1: facts, 2: facts})
+
+    assert measure(sweep.view()).noise == noise
+    assert seed_cost_s(sweep.view()) == cost_s
+
+
+def test_a_seed_that_was_searched_and_confirmed_with_counts_once(tmp_path):
+    sweep = Seeded(tmp_path, search=(1, 2), confirm=(2, 3))
+    sweep.add("search", NONE, {1: 1.10, 2: 1.12})
+    sweep.add("search", P5, {1: 1.101, 2: 1.1215})
+    sweep.add("confirm", NONE, {2: 1.12, 3: 1.15})
+
+    floor = measure(sweep.view()).noise
+
+    assert floor.df == 2
+    assert floor.sd_bpb == pytest.approx(np.std([1.10, 1.12, 1.15], ddof=1))
+    assert floor.paired_df == 1  # the search's own pairs
+
+
+def test_a_confirmation_by_other_seeds_is_a_table_of_its_own(tmp_path):
+    sweep = Seeded(tmp_path, search=(1, 2), confirm=(3, 4))
+    sweep.add("search", NONE, {1: 1.10, 2: 1.12})
+    sweep.add("confirm", NONE, {3: 1.13, 4: 1.15})
+
+    floor = measure(sweep.view()).noise
+
+    assert (floor.df, floor.sd_bpb) == (2, pytest.approx(0.02 / 2**0.5))
+
+
+def test_fitted_finals_are_a_row_of_their_own_and_named_in_the_measured_file(tmp_path):
+    sweep = Seeded(tmp_path, search=(1, 2))
+    sweep.add("search", NONE, {1: 1.10, 2: 1.12})
+    sweep.add("search", NONE, {1: 1.09, 2: 1.112}, {1: {"fitted": True}, 2: {"fitted": True}})
+
+    baseline = measure(sweep.view())
+
+    assert (baseline.noise.num_points, baseline.noise.paired_df) == (2, 1)
+    assert [result.configuration for result in baseline.results] == ["fitted", "fitted"]
+    assert baseline.sample().values == (1.09, 1.112)
 
 
 def test_the_measured_file_holds_what_the_sweep_says(sweep, tmp_path):
@@ -165,6 +222,32 @@ def test_the_measured_file_holds_what_the_sweep_says(sweep, tmp_path):
 
 def test_one_more_seed_costs_what_a_training_and_a_final_took(sweep):
     assert seed_cost_s(sweep.view()) == 600.0 * 8 + 90.0
+
+
+def test_one_more_seed_of_trainings_that_share_a_trunk_is_priced_from_step_0(tmp_path):
+    sweep = Seeded(tmp_path, search=(1, 2), occupied_s=120.0, steps_computed=1_000)
+    sweep.grow_trunk(6_000, 540.0)
+    sweep.add("search", NONE, {1: 1.10, 2: 1.12})
+
+    pace_s = (540.0 + 2 * 120.0) / (6_000 + 2 * 1_000)
+    assert seed_cost_s(sweep.view()) == pytest.approx(7_000 * pace_s * 8 + 90.0)
+
+
+def test_whole_trainings_tell_the_price_where_there_are_some(tmp_path):
+    sweep = Seeded(tmp_path, search=(1,), confirm=(7,), occupied_s=120.0, steps_computed=1_000)
+    sweep.add("search", NONE, {1: 1.10})
+    sweep.occupied_s, sweep.steps_computed = 700.0, 7_000
+    sweep.add("confirm", NONE, {7: 1.12})
+
+    assert seed_cost_s(sweep.view()) == 700.0 * 8 + 90.0
+
+
+def test_a_sweep_that_computed_no_training_tells_no_price(tmp_path):
+    sweep = Seeded(tmp_path, occupied_s=0.0, steps_computed=0)
+    sweep.add("search", NONE, {1: 1.10})
+
+    with pytest.raises(UsageError, match="give --gpu-seconds"):
+        seed_cost_s(sweep.view())
 
 
 def test_a_baseline_without_a_floor_gives_the_spread_of_its_seeds_and_no_paired_one(paths):

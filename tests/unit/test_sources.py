@@ -18,7 +18,7 @@ class Study:
         self.told = [Told({"n": n}, "done", 0.0) for n in known]
         self.source = Proposed(
             num=num,
-            first=[{"n": n} for n in first],
+            first=first,
             history=lambda: self.told,
             propose=lambda history, attempt: {"n": len(history) + attempt},
             expand=self.expand,
@@ -45,8 +45,9 @@ def test_points_that_an_earlier_run_knew_count_and_are_not_run_again():
     assert drain(Study(known=(0, 2), num=3).source) == ["4a", "4b"]
 
 
-def test_points_that_were_under_way_come_first():
-    assert drain(Study(num=2, first=(6,)).source)[:2] == ["6a", "6b"]
+def test_what_an_earlier_run_left_open_comes_first_and_counts():
+    study = Study(known=(6,), num=2, first=("6b",))
+    assert drain(study.source) == ["6b", "2a", "2b"]
 
 
 def test_a_space_that_is_used_up_ends_the_search():

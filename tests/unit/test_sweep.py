@@ -116,6 +116,16 @@ def test_a_fault_gets_one_line_with_file_field_and_what_to_do(sweep_file, change
     assert all(word in message for word in words), message
 
 
+def test_a_clock_policy_that_is_missing_or_broken_is_refused_with_the_sweep(sweep_file, tmp_path):
+    policy = tmp_path / "clocks.yaml"
+
+    with pytest.raises(UsageError, match=r"clocks\.yaml: No such file"):
+        load_sweep(sweep_file(clocks=str(policy)))
+    policy.write_text("phases: {train: {clock: train, why: the steps}}")
+    with pytest.raises(UsageError, match=r"clocks\.yaml: phases"):
+        load_sweep(sweep_file(clocks=str(policy)))
+
+
 def test_two_faults_get_two_lines(sweep_file):
     space = {"final.prun.ratio": {"values": [0]}, "model.dmi": {"values": [64]}}
 

@@ -78,7 +78,18 @@ def test_failed_and_stopped_points_keep_it_away(state):
     assert sum(x >= 0.5 for x in late) >= 12
 
 
-def test_points_under_way_are_known_and_not_chosen_again():
-    history = [*search(10), Told({"x": 0.3, "n": 5, "kind": "plain"}, "running")]
-    point = propose(history, AXES, suggest, (0, 0), startup=8)
-    assert point != history[-1].point
+def test_points_under_way_keep_others_away_from_where_they_are():
+    """Nine workers ask at once, with nothing new to learn: their points must not pile up."""
+    known = search(12)
+
+    def spread(remembered):
+        told = list(known)
+        xs = []
+        for attempt in range(9):
+            point = propose(told, AXES, suggest, (0, attempt), startup=8)
+            xs.append(point["x"])
+            if remembered:
+                told.append(Told(point, "running"))
+        return max(xs) - min(xs)
+
+    assert spread(remembered=True) > spread(remembered=False)

@@ -4,7 +4,7 @@ A state is a folder: state/ with the tensors, metrics.jsonl up to there and, las
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 
 # What acts late, or says when a run ends: in all else, trainings that share a trunk are alike.
 _LATE = ("iterations", "max_clock_s", "warmup_steps", "schedule", "qat")
+
+IsBeyond = Callable[[int, float], bool]
+"""Whether a run that stands after that many steps, with those seconds on its train clock, has
+passed a place where it was to leave a state."""
 
 
 def read_state(folder: Path) -> StateResult:
@@ -53,22 +57,25 @@ def leave(state: TrainState, kin: str, path: Path, journal: Journal, steps_compu
 
 
 def take_up(
-    state: TrainState, kin: str, folder: Path, starts: Sequence[Path], until: int | None
+    state: TrainState, kin: str, folder: Path, starts: Sequence[Path], is_beyond: IsBeyond | None
 ) -> bool:
     """Load what is furthest of the checkpoints in `folder` and of the states `starts`, as long as
-    it is intact and not beyond step `until`; return whether there was anything.
+    it is intact and not `is_beyond`; return whether there was anything.
 
     DataError where there are starts and nothing is intact: from step 0 it would be another run.
     UsageError for a start that a training of this spec would not have come to by itself.
     """
     sources = [(int(path.name), path, False) for path in checkpoints(folder)]
     sources += [(read_state(path).step, path / "state", True) for path in starts]
-    failure = UsageError(f"{folder}: its start lies beyond step {until}, where trainings depart")
-    for step, path, is_start in sorted(sources, reverse=True):
-        if until is not None and step > until:
-            continue
+    failure = UsageError(
+        f"{folder}: its start lies beyond where trainings depart; start from an earlier state"
+    )
+    for _, path, is_start in sorted(sources, reverse=True):
         try:
-            progress, tensors = load_tensors(path, "progress"), load_tensors(path, "state")
+            progress = load_tensors(path, "progress")
+            if is_beyond is not None and is_beyond(progress["step"], progress["clock_s"]["train"]):
+                continue
+            tensors = load_tensors(path, "state")
             if is_start:
                 _check(path.parent, state.spec, kin, progress, load_tensors(path, "trunk"))
         except DataError as error:

@@ -26,7 +26,7 @@ from trainer.runtime.tensors import save_tensors
 from trainer.sizes import forecast_interval
 from trainer.specs.task import TrainTask
 from trainer.specs.train import ema_entry
-from trainer.train.departures import kin_of, take_up
+from trainer.train.departures import IsBeyond, kin_of, take_up
 from trainer.train.journal import Journal
 from trainer.train.late_qat import LateQat
 from trainer.train.memo import Memo
@@ -94,10 +94,10 @@ class Loop:
         self.loss: torch.Tensor | None = None
         """This rank's loss of the last step, until the gang's is asked for."""
 
-    def begin(self, starts: Sequence[Path], until: int | None = None) -> None:
-        """Take up what is there, not beyond step `until`, and get ready for the first step."""
+    def begin(self, starts: Sequence[Path], is_beyond: IsBeyond | None = None) -> None:
+        """Take up what is there and not `is_beyond`, and get ready for the first step."""
         state, ranks = self.state, self.ranks
-        resumed = ranks.together(lambda: take_up(state, self.kin, self.folder, starts, until))
+        resumed = ranks.together(lambda: take_up(state, self.kin, self.folder, starts, is_beyond))
         if ranks.max(state.step) != -ranks.max(-state.step):
             raise TrainingError(f"{self.folder}: the workers read different checkpoints; run again")
         self.first_step = state.step

@@ -2,6 +2,7 @@
 where one of them departs.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from trainer.specs.task import Departure, TrainTask
 from trainer.train.departures import leave, read_state
 from trainer.train.loop import Loop
 
+logger = logging.getLogger(__name__)
+
 States = Sequence[tuple[Departure, Path]]
-_OPEN = -1  # in place of a step: not left yet
+_OPEN = (-1, -1.0)  # in place of a step and a train clock: not left yet
 
 
 class Trunk:
@@ -28,27 +31,27 @@ class Trunk:
                     f"{path}: departs at step {departure.step} of a trunk of {iterations}; "
                     "lengthen the trunk"
                 )
-        # The first rank's word, or a rank that sees a file later would wait for the others.
-        found = ranks.together(
-            lambda: [_step_left(path) if ranks.is_first else _OPEN for _, path in states]
-        )
-        steps = [int(ranks.max(step)) for step in found]
-        self.open = [state for state, step in zip(states, steps, strict=True) if step == _OPEN]
+        places = _places([path for _, path in states], ranks)
+        self.open = [state for state, place in zip(states, places, strict=True) if place == _OPEN]
         self.left = [
-            (step, path) for (_, path), step in zip(states, steps, strict=True) if step != _OPEN
+            (place, path) for (_, path), place in zip(states, places, strict=True) if place != _OPEN
         ]
 
-    @property
-    def first_departure(self) -> int | None:
-        """The step of the first state that is to be left; None where only the clock can tell."""
-        steps = [departure.step for departure, _ in self.open if departure.step is not None]
-        return min(steps, default=None)
-
     def grow(self, loop: Loop, start: Path | None) -> None:
-        """Run from what is furthest, `start` or step 0 until all have departed."""
-        until = self.first_departure
-        own = [path for step, path in self.left if until is None or step <= until]
-        loop.begin(own if start is None else [start, *own], until)
+        """Run from what is furthest, `start` or step 0 until all have departed.
+
+        By wall clock a trunk has no parent, so `start` is a later state of its own where it lies
+        beyond one that is open: then the run begins before both. By steps that is a UsageError.
+        """
+        starts = [path for place, path in self.left if not self._is_beyond(*place)]
+        if start is not None:
+            (place,) = _places([start], loop.ranks)
+            by_clock = all(departure.step is None for departure, _ in self.open)
+            if by_clock and self._is_beyond(*place):
+                logger.warning("%s: lies beyond a departure; falling back to what is before", start)
+            else:
+                starts = [start, *starts]
+        loop.begin(starts, self._is_beyond)
         self.left_at = loop.first_step
         with loop.clock.phase("train"):
             self._leave(loop, self._departing(loop))
@@ -58,6 +61,16 @@ class Trunk:
                 # For who departs the run is not over: what only its end shows is not shown here.
                 loop.observe(is_over=False, goes_on=bool(self.open))
                 self._leave(loop, departing)
+
+    def _is_beyond(self, step: int, train_clock_s: float) -> bool:
+        """Whether a run that stands there can no longer leave all that is open. By the clock one
+        that has departed already did so at a step that nobody knows."""
+        return any(
+            has_departed(departure, self.task.train, step, train_clock_s)
+            if departure.step is None
+            else step > departure.step
+            for departure, _ in self.open
+        )
 
     def _leave(self, loop: Loop, departing: list[Path]) -> None:
         for path in departing:
@@ -79,5 +92,17 @@ class Trunk:
         return [path for _, path in due]
 
 
-def _step_left(path: Path) -> int:
-    return read_state(path).step if (path / "result.json").is_file() else _OPEN
+def _places(paths: Sequence[Path], ranks: Ranks) -> list[tuple[int, float]]:
+    """Where on its way each state was left: after how many steps, with what on the train clock."""
+    # The first rank's word, or a rank that sees a file later would wait for the others.
+    found = ranks.together(
+        lambda: [_place_left(path) if ranks.is_first else _OPEN for path in paths]
+    )
+    return [(int(ranks.max(step)), ranks.max(clock_s)) for step, clock_s in found]
+
+
+def _place_left(path: Path) -> tuple[int, float]:
+    if not (path / "result.json").is_file():
+        return _OPEN
+    state = read_state(path)
+    return state.step, state.train_clock_s
