@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from service.cli_options import HOME, Home
 from service.paths import Paths
 from trainer.codec import dump, parse, parse_assignment, with_values
 from trainer.errors import DataError, InfeasibleError, UsageError
@@ -50,9 +51,7 @@ def audit(
         list[str] | None,
         typer.Option("-S", metavar="PATH=VALUE", help="Set a value of the recipe."),
     ] = None,
-    home: Annotated[
-        Path, typer.Option("--home", envvar="FAIRWAY_HOME", help="Where Fairway keeps its files.")
-    ] = Path(".fairway"),
+    home: Home = HOME,
     output: Annotated[
         Literal["table", "json"], typer.Option("-o", "--output", help="How to print the rules.")
     ] = "table",

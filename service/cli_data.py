@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from service.cli_options import HOME, Home
 from service.paths import Paths
 from trainer.data.bytecount import verify_dataset
 from trainer.data.fetch import Origin, fetch
@@ -25,14 +26,10 @@ from trainer.errors import DataError, UsageError
 
 app = typer.Typer(help="Prepare, fetch and check training data.", no_args_is_help=True)
 
-Home = Annotated[
-    Path, typer.Option("--home", envvar="FAIRWAY_HOME", help="Where Fairway keeps its files.")
-]
 Output = Annotated[
     Literal["table", "json"], typer.Option("-o", "--output", help="How to print the result.")
 ]
 Report = Callable[[str, int, int], None]
-_HOME = Path(".fairway")
 
 
 @app.command("prepare")
@@ -55,7 +52,7 @@ def prepare_command(
     holdout_fraction: Annotated[float, typer.Option(help="Share of the documents.")] = 0.03,
     shard_tokens: Annotated[int, typer.Option(help="Tokens in a shard.")] = 100_000_000,
     seed: Annotated[int, typer.Option(help="Seed of the shuffle by document.")] = 1337,
-    home: Home = _HOME,
+    home: Home = HOME,
 ) -> None:
     """Turn text into shards: deduplicate, split by document, tokenize, count the bytes."""
     if embedded:
@@ -93,7 +90,7 @@ def fetch_command(
         Origin().base_url
     ),
     repo: Annotated[str | None, typer.Option(help="OWNER/NAME of another export.")] = None,
-    home: Home = _HOME,
+    home: Home = HOME,
 ) -> None:
     """Fetch a published FineWeb export; run again, it continues where it stopped."""
     out = Paths(home).data(check_name(name or f"fineweb10B_{variant}"))
@@ -110,7 +107,7 @@ def fetch_command(
 
 
 @app.command("ls")
-def ls_command(home: Home = _HOME, output: Output = "table") -> None:
+def ls_command(home: Home = HOME, output: Output = "table") -> None:
     """List the datasets of a home, with what is wrong with the broken ones."""
     root = Paths(home).data(EMBEDDED_NAME).parent
     folders = sorted(root.iterdir()) if root.is_dir() else []
@@ -128,7 +125,7 @@ def ls_command(home: Home = _HOME, output: Output = "table") -> None:
 @app.command("verify")
 def verify_command(
     name: Annotated[str, typer.Argument(help="A dataset's name, as in `fairway data ls`.")],
-    home: Home = _HOME,
+    home: Home = HOME,
 ) -> None:
     """Check every file's sha256, recount tokens and bytes, and decode val and holdout."""
     dataset = load_dataset(Paths(home).data(check_name(name)), verify=True)

@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from service.attention import Question
 from service.catalogue_view import data_of
+from service.cli_options import HOME, Home, Output, Overrides
 from service.identity import inputs_of
 from service.machine import Machine, look
 from service.paths import Paths
@@ -40,22 +41,16 @@ def doctor(
         Path | None,
         typer.Argument(help="A sweep file (YAML), or a shipped sweep's name; default: no sweep."),
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("-S", metavar="PATH=VALUE", help="Set a value of the spec.")
-    ] = None,
+    overrides: Overrides = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read every shard and compare its sha256.")
     ] = False,
-    home: Annotated[
-        Path, typer.Option("--home", envvar="FAIRWAY_HOME", help="Where Fairway keeps its files.")
-    ] = Path(".fairway"),
+    home: Home = HOME,
     address: Annotated[
         str | None,
         typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster to look at; default: this machine."),
     ] = None,
-    output: Annotated[
-        Literal["table", "json", "yaml"], typer.Option("-o", "--output", help="How to print it.")
-    ] = "table",
+    output: Output = "table",
 ) -> None:
     """Check what a sweep needs: kernel, compressor, shards, disk, versions, GPUs, clocks.
 

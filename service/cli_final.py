@@ -5,7 +5,6 @@ Thin: arguments in, `service.finals` does the work, results on stdout. Errors pa
 """
 
 import io
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from service.cli_options import HOME, Home, print_document
 from service.paths import Paths
-from trainer.codec import to_yaml
 
 app = typer.Typer()
 
@@ -39,10 +38,6 @@ Data = Annotated[
     str | None, typer.Option(help="The dataset of the model; default: what it was trained on.")
 ]
 Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="What the model computes in.")]
-Home = Annotated[
-    Path, typer.Option("--home", envvar="FAIRWAY_HOME", help="Where Fairway keeps its files.")
-]
-_HOME = Path(".fairway")
 
 
 @app.command()
@@ -58,7 +53,7 @@ def quantize(
         Path | None, typer.Option(help="The SentencePiece model of an import.")
     ] = None,
     dtype: Dtype = "float32",
-    home: Home = _HOME,
+    home: Home = HOME,
     output: Annotated[
         Literal["table", "json", "yaml"], typer.Option("--output", help="How to print the data.")
     ] = "table",
@@ -73,7 +68,7 @@ def quantize(
     document = quantize_bank(Paths(home), wanted, out)
     if output == "table":
         _print_tensors(document.pop("tensors"), document["weights_bytes"])
-    _print(document, output)
+    print_document(document, output)
 
 
 @app.command()
@@ -101,7 +96,7 @@ def fit(
     out: Annotated[
         Path | None, typer.Option("--out", help="A new folder for a copy; it stays in the home.")
     ] = None,
-    home: Home = _HOME,
+    home: Home = HOME,
     output: Annotated[
         Literal["table", "json", "yaml"],
         typer.Option("-o", "--output", help="How to print the data."),
@@ -124,7 +119,7 @@ def fit(
     named = (None, tokens, tokenizer) if tokens is not None else (data, None, None)
     source = Source(*named, limit)
     asked = Asked(evaluate=given, dtype=dtype)
-    _print(fit_bank(Paths(home), wanted, cap, source, asked, out), output)
+    print_document(fit_bank(Paths(home), wanted, cap, source, asked, out), output)
 
 
 _COLUMNS = (
@@ -164,8 +159,3 @@ def _cells(record: Mapping[str, Any], weights_bytes: int) -> list[str]:
         f"{record['damping']:g}" if record.get("damping") is not None else "",
         f"{record['seconds']:.2f}",
     ]
-
-
-def _print(document: dict[str, Any], output: str) -> None:
-    text = json.dumps(document, indent=1) + "\n" if output == "json" else to_yaml(document)
-    sys.stdout.write(text)

@@ -4,7 +4,6 @@ Thin: arguments in, the importer and the scorer do the work, results on stdout. 
 through to `service.cli`.
 """
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from service.cli_options import HOME, Home, Output, print_document
 from service.paths import Paths
 from trainer.codec import parse, parse_assignment, to_yaml, with_values
 from trainer.errors import UsageError
@@ -19,14 +19,6 @@ from trainer.specs.recipe import Recipe
 from tune_spaces.catalogue import load_recipe
 
 app = typer.Typer()
-
-Home = Annotated[
-    Path, typer.Option("--home", envvar="FAIRWAY_HOME", help="Where Fairway keeps its files.")
-]
-Output = Annotated[
-    Literal["table", "json", "yaml"], typer.Option("-o", "--output", help="How to print the data.")
-]
-_HOME = Path(".fairway")
 
 
 @app.command("import")
@@ -113,7 +105,7 @@ def score(
     dtype: Dtype = "float32",
     workers: Workers = 1,
     budget_seconds: Budget = None,
-    home: Home = _HOME,
+    home: Home = HOME,
     output: Output = "table",
 ) -> None:
     """Score a model on disk again; a final by the windows that it was scored with, unless told.
@@ -141,7 +133,7 @@ def score(
         budget_s=budget_seconds,
     )
     source = Source(data, tokens, tokenizer, limit)
-    _print(rescore(Paths(home), checkpoint, source, asked), output)
+    print_document(rescore(Paths(home), checkpoint, source, asked), output)
 
 
 def _is_of_evaluation(path: str) -> bool:
@@ -153,8 +145,3 @@ def _recipe(name: str, values: list[tuple[str, Any]]) -> Recipe:
     # What a final keeps as float16 is no part of the model: its layers must not stop an import.
     data = with_values(load_recipe(name, "--recipe"), [("final.quantize.float16_keys", [])])
     return parse(Recipe, with_values(data, values), name)
-
-
-def _print(document: dict[str, Any], output: str) -> None:
-    text = json.dumps(document, indent=1) + "\n" if output == "json" else to_yaml(document)
-    sys.stdout.write(text)

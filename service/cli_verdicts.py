@@ -5,18 +5,17 @@ sides cannot be compared, 3 where a gate is not passed. scipy is imported by the
 """
 
 import io
-import json
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from service.cli_options import HOME, Home, Output, SweepRef, print_document
 from service.paths import Paths, find_sweep
-from trainer.codec import dump, to_yaml
+from trainer.codec import dump
 from trainer.errors import InfeasibleError, UsageError
 
 app = typer.Typer()
@@ -24,12 +23,6 @@ baseline_app = typer.Typer(
     help="What results are held against, and how much noise is in them.", no_args_is_help=True
 )
 
-Home = Annotated[
-    Path, typer.Option("--home", envvar="FAIRWAY_HOME", help="Where Fairway keeps its files.")
-]
-Output = Annotated[
-    Literal["table", "json", "yaml"], typer.Option("-o", "--output", help="How to print the data.")
-]
 Mode = Annotated[
     Literal["strict", "frontier", "systems"],
     typer.Option(help="A gain of so much, any gain at p < 0.25, or no loss: for speed alone."),
@@ -40,12 +33,8 @@ MinGain = Annotated[
 Alpha = Annotated[
     float | None, typer.Option(min=0, max=1, help="What p must be below, with strict: 0.01.")
 ]
-SweepRef = Annotated[
-    str | None, typer.Argument(help="Sweep id, a unique start of it, or its name; default: newest.")
-]
 _SIDE = "A sweep (its confirmed point, else its best over its seeds), a final's id (its point), "
 _SIDE += "a baseline's name or file."
-_HOME = Path(".fairway")
 
 
 @app.command()
@@ -53,7 +42,7 @@ def compare(
     sides: Annotated[
         list[str], typer.Argument(help=f"{_SIDE} The first is what the others are held against.")
     ],
-    home: Home = _HOME,
+    home: Home = HOME,
     output: Output = "table",
 ) -> None:
     """Set results side by side: mean, spread, gain over the first, interval and p."""
@@ -68,7 +57,7 @@ def compare(
     if output == "table":
         _print_sides(documents, contrasts)
     else:
-        _print({"sides": documents, "contrasts": contrasts}, output)
+        print_document({"sides": documents, "contrasts": contrasts}, output)
 
 
 @app.command()
@@ -78,7 +67,7 @@ def gate(
     mode: Mode = "strict",
     min_gain_nats: MinGain = None,
     alpha: Alpha = None,
-    home: Home = _HOME,
+    home: Home = HOME,
     output: Output = "table",
 ) -> None:
     """Judge whether a result is better than a baseline. Exit 3 if it does not pass."""
@@ -94,7 +83,7 @@ def gate(
         _print_sides([old, new], [document])
         sys.stdout.write(f"{document['verdict']}: {document['reason']}\n")
     else:
-        _print(document, output)
+        print_document(document, output)
     if not verdict.passed:
         sys.stdout.flush()
         raise InfeasibleError(f"{subject} against {against}: {verdict.reason}")
@@ -130,7 +119,7 @@ def list_baselines(output: Output = "table") -> None:
     if output == "table":
         _print_table(rows)
     else:
-        _print(rows, output)
+        print_document(rows, output)
 
 
 @baseline_app.command()
@@ -141,17 +130,17 @@ def show(
     """Show a baseline in full: its results by seed and where they come from."""
     from service.baselines import read_baseline
 
-    _print(dump(read_baseline(baseline)), output)
+    print_document(dump(read_baseline(baseline)), output)
 
 
 @baseline_app.command()
-def measure(sweep: SweepRef = None, home: Home = _HOME, output: Output = "table") -> None:
+def measure(sweep: SweepRef = None, home: Home = HOME, output: Output = "table") -> None:
     """Measure a sweep's noise over its seeds; what is printed as YAML is a baseline file."""
     from service.ledger import replay
     from service.sides import measure as measure_sweep
 
     view = replay(find_sweep(Paths(home), sweep).ledger)
-    _print(dump(measure_sweep(view)), output)
+    print_document(dump(measure_sweep(view)), output)
 
 
 @baseline_app.command()
@@ -171,7 +160,7 @@ def plan(
         float | None, typer.Option(min=0, help="Of one seed; default: as the sweep's took.")
     ] = None,
     usd_per_gpu_hour: Annotated[float | None, typer.Option(min=0, help="The price.")] = None,
-    home: Home = _HOME,
+    home: Home = HOME,
     output: Output = "table",
 ) -> None:
     """Say how many seeds a gate takes to see a true gain, and what they cost."""
@@ -201,7 +190,7 @@ def plan(
         if total_s is None or usd_per_gpu_hour is None
         else total_s / 3600 * usd_per_gpu_hour,
     }
-    _print(document, output)
+    print_document(document, output)
 
 
 def _print_sides(
@@ -248,8 +237,3 @@ def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     out = io.StringIO()
     Console(file=out, width=1_000, color_system=None).print(table)
     sys.stdout.write("".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines()))
-
-
-def _print(document: Any, output: str) -> None:
-    text = json.dumps(document, indent=1) + "\n" if output == "json" else to_yaml(document)
-    sys.stdout.write(text)

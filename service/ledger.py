@@ -116,7 +116,7 @@ def _is_confirmed_by(known: dict[str, Any], event: dict[str, Any]) -> bool:
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the events of a ledger; DataError names file and line where one is broken."""
-    for event, _ in _read_with_ends(path):
+    for event, _ in read_with_ends(path):
         yield event
 
 
@@ -128,10 +128,15 @@ def replay(path: Path) -> SweepView:
     return view
 
 
-def _read_with_ends(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    end = 0
+def read_with_ends(
+    path: Path, *, offset: int = 0, seq: int = 0
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield events with the byte at which each ends, those after byte `offset`, where event `seq`
+    ended. DataError as `read`."""
+    end = offset
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        file.seek(offset)
+        for number, line in enumerate(file, start=seq + 1):
             if not line.endswith(b"\n"):
                 return  # torn by a crash, or still being written
             end += len(line)
@@ -201,7 +206,7 @@ class Ledger:
     def _replay(self) -> int:
         """Fold the intact events into the view; return how many bytes they take."""
         intact_bytes = 0
-        for event, end in _read_with_ends(self._path):
+        for event, end in read_with_ends(self._path):
             self.view.apply(event)
             intact_bytes = end
         return intact_bytes

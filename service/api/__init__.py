@@ -1,0 +1,1 @@
+"""The HTTP service: routes, who may call them, what streams. Imports neither torch nor Ray."""

@@ -1,0 +1,1 @@
+"""The persistent queue of the service: who submitted what, in which order it runs, who may."""
