@@ -8,7 +8,7 @@ from trainer.codec import check_path, with_values
 from trainer.errors import UsageError
 from trainer.specs.recipe import Recipe
 from tune_spaces.expressions import Expression, knobs_read, parse_expression
-from tune_spaces.space import Axes, Point, is_integer, phase_of, when_of
+from tune_spaces.space import Axes, Point, is_integer, order_by_need, phase_of, when_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +113,4 @@ def _in_order(derived: Mapping[str, Expression]) -> dict[str, Expression]:
     waits = {
         path: knobs_read(expression.paths) & derived.keys() for path, expression in derived.items()
     }
-    placed: dict[str, Expression] = {}
-    while len(placed) < len(derived):
-        ready = next((p for p in derived if p not in placed and waits[p] <= placed.keys()), None)
-        if ready is None:
-            path = next(path for path in derived if path not in placed)
-            on = ", ".join(sorted(waits[path] - placed.keys()))
-            raise UsageError(f"{derived[path].where}: waits in a circle for {on}")
-        placed[ready] = derived[ready]
-    return placed
+    return {path: derived[path] for path in order_by_need(waits, lambda p: derived[p].where)}

@@ -6,7 +6,7 @@ hold, so axes are settled one after another, each after those that its `when` re
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -174,14 +174,21 @@ def in_order(axes: Axes, where: str) -> dict[str, Axis]:
     """The axes as they were written, but each after those that its `when` reads; UsageError for
     a circle."""
     waits = {path: _decided_by(path, axes, where) for path in axes}
-    placed: dict[str, Axis] = {}
-    while len(placed) < len(axes):
-        ready = next((p for p in axes if p not in placed and waits[p] <= placed.keys()), None)
+    ordered = order_by_need(waits, lambda path: f"{where}: space.{path}.when")
+    return {path: axes[path] for path in ordered}
+
+
+def order_by_need(waits: Mapping[str, Set[str]], name: Callable[[str], str]) -> list[str]:
+    """The keys in their order, but each after those that it waits for; UsageError for a circle,
+    in which `name` says what a key is to the user."""
+    placed: list[str] = []
+    while len(placed) < len(waits):
+        left = [path for path in waits if path not in placed]
+        ready = next((path for path in left if waits[path] <= set(placed)), None)
         if ready is None:
-            path = next(path for path in axes if path not in placed)
-            on = ", ".join(sorted(waits[path] - placed.keys()))
-            raise UsageError(f"{where}: space.{path}.when: waits in a circle for {on}")
-        placed[ready] = axes[ready]
+            on = ", ".join(sorted(waits[left[0]] - set(placed)))
+            raise UsageError(f"{name(left[0])}: waits in a circle for {on}")
+        placed.append(ready)
     return placed
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import tiny
+from tests.mortal import Kill, Killed
 from tests.reference import ttt_reference as plain
 from trainer.evaluate.evaluators import evaluate
 from trainer.evaluate.journal import Journal
@@ -361,26 +362,6 @@ def test_phases_at_a_rate_of_zero_change_nothing(model, tokens):
 
     assert (found.losses == scored(model, tokens, ttt_of()).losses).all()
     assert [event.kind for event in found.events].count("lend") == 2 + 4
-
-
-class Killed(Exception):
-    pass
-
-
-class Kill:
-    """A listener that dies once so many predictions are scored."""
-
-    def __init__(self, after):
-        self.left = after
-        self.num_resumed = 0
-
-    def resumed(self, predictions):
-        self.num_resumed = predictions
-
-    def advance(self, predictions):
-        self.left -= predictions
-        if self.left <= 0:
-            raise Killed
 
 
 @pytest.mark.parametrize("after", [30, 90])

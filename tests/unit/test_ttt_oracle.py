@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.mortal import Kill, Killed
 from trainer.evaluate.audit import score_before_update
 from trainer.evaluate.evaluators import evaluate
 from trainer.evaluate.journal import Journal
@@ -130,25 +131,6 @@ def test_sgd_goes_through_another_order_with_another_seed(model, tokens):
 
     assert (one == again).all()
     assert (one != other).any()
-
-
-class Killed(Exception):
-    pass
-
-
-class Kill:
-    """A listener that dies once so many predictions are scored."""
-
-    def __init__(self, after):
-        self.left = after
-
-    def resumed(self, predictions):
-        pass
-
-    def advance(self, predictions):
-        self.left -= predictions
-        if self.left <= 0:
-            raise Killed
 
 
 def test_a_killed_oracle_scores_on_and_is_found_out_all_the_same(model, tokens, tmp_path):

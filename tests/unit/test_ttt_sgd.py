@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import tiny
+from tests.mortal import Kill, Killed
 from tests.reference import ttt_reference as plain
 from trainer.errors import TrainingError, UsageError
 from trainer.evaluate.evaluators import evaluate
@@ -176,26 +177,6 @@ def test_a_chunk_shorter_than_a_window_is_refused(model, tokens):
 def test_a_rate_that_blows_up_stops_the_evaluation(model, tokens):
     with pytest.raises(TrainingError, match=r"diverged: gradient norm .*; lower evaluate.ttt.lr"):
         scored(model, tokens, spec_of(ttt_of(lr=1e30, clip_norm=1e30)))
-
-
-class Killed(Exception):
-    pass
-
-
-class Kill:
-    """A listener that dies once so many predictions are scored."""
-
-    def __init__(self, after):
-        self.left = after
-        self.num_resumed = 0
-
-    def resumed(self, predictions):
-        self.num_resumed = predictions
-
-    def advance(self, predictions):
-        self.left -= predictions
-        if self.left <= 0:
-            raise Killed
 
 
 @pytest.mark.parametrize("after", [1, 60, 150])
