@@ -33,23 +33,32 @@ def scored_rows(view: SweepView) -> list[Row]:
     return [row for row in final_rows(view) if row.val_bpb is not None]
 
 
-def _leading_knob(view: SweepView) -> str | None:
-    return next(iter(influence(view)), None)
-
-
-def group_rows(view: SweepView, rows: Sequence[Row]) -> tuple[str, list[Group]]:
-    """Sort rows by the knob that explains most; return its name and the groups."""
-    path = _leading_knob(view)
+def group_rows(
+    view: SweepView, rows: Sequence[Row], phase: str | None = None
+) -> tuple[str, list[Group]]:
+    """Sort rows by the knob that explains most, of those of a phase where one is asked for;
+    return its name and the groups. Finals without that knob are a group of their own.
+    """
+    axes = view.started.get("axes") or {}
+    paths = (path for path in influence(view) if phase is None or axes.get(path) == phase)
+    path = next(paths, None)
     if path is None:
         return "", [Group("final", COLOURS[0], list(rows))]
-    values = [row.point.get(path) for row in rows]
     name = knob_names(view.started["varying"])[path]
-    distinct = sorted(set(values), key=lambda v: (isinstance(v, str), v is None, v or 0))
+    having = [row for row in rows if path in row.point]
+    groups = _by_value(having, path)
+    absent = [row for row in rows if path not in row.point]
+    return name, [*groups, *([Group("absent", QUIET, absent)] if absent else [])]
+
+
+def _by_value(rows: Sequence[Row], path: str) -> list[Group]:
+    values = [row.point[path] for row in rows]
     is_number = all(isinstance(v, int | float) for v in values)
+    distinct = sorted(set(values), key=lambda v: (isinstance(v, str), v))
     if len(distinct) > len(COLOURS) and is_number:
-        return name, _ranges(rows, values)
+        return _ranges(rows, values)
     shades = _shades(len(distinct), is_ordered=is_number)
-    return name, [
+    return [
         Group(short_value(v), colour, [r for r, w in zip(rows, values, strict=True) if w == v])
         for v, colour in zip(distinct, shades, strict=True)
     ]
@@ -95,8 +104,7 @@ def coordinates(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
     return [(row.artifact_bytes or 0) / MB for row in rows], [row.val_bpb or 0.0 for row in rows]
 
 
-def is_far(rows: Sequence[Row], cap_bytes: int) -> bool:
+def is_far(sizes_mb: Sequence[float], cap_bytes: int) -> bool:
     """Whether a line at the cap would squeeze the points together: it is told, not drawn."""
-    sizes, _ = coordinates(rows)
-    reach = max(max(sizes) - min(sizes), 0.03 * max(sizes))
-    return not min(sizes) - reach <= cap_bytes / MB <= max(sizes) + reach
+    reach = max(max(sizes_mb) - min(sizes_mb), 0.03 * max(sizes_mb))
+    return not min(sizes_mb) - reach <= cap_bytes / MB <= max(sizes_mb) + reach

@@ -30,10 +30,11 @@ from service.groups import (
 )
 from service.labels import run_name
 from service.ledger import SweepView
+from service.paths import Paths
 from service.report import Row, best, csv_table
-from service.report_page import draw_page
+from service.report_page import draw_page, report_html
 from service.states import State
-from service.waterfall import SizeStep
+from service.waterfall import SizeStep, best_sizes
 from trainer.runtime.files import write_bytes, write_text
 
 
@@ -51,9 +52,13 @@ class ReportFiles:
         return drawn if self.sizes is None else (*drawn, self.sizes)
 
 
-def write_report(view: SweepView, folder: Path, sizes: Sequence[SizeStep] = ()) -> ReportFiles:
-    """Draw `bpb_by_bytes.png`, `report.html` and `finals.csv` into a folder, and
-    `size_by_tensor.png` where it is known what the best final's bytes are spent on."""
+def write_report(view: SweepView, folder: Path, paths: Paths | None = None) -> ReportFiles:
+    """Draw `bpb_by_bytes.png`, `report.html` and `finals.csv` into a folder.
+
+    `paths`: the home, whose store adds the curves and, where it is known what the best final's
+    bytes are spent on, `size_by_tensor.png`.
+    """
+    sizes = [] if paths is None else best_sizes(view, paths.store)
     files = ReportFiles(
         png=folder / "bpb_by_bytes.png",
         html=folder / "report.html",
@@ -61,7 +66,7 @@ def write_report(view: SweepView, folder: Path, sizes: Sequence[SizeStep] = ()) 
         sizes=folder / "size_by_tensor.png" if sizes else None,
     )
     write_bytes(files.png, draw_png(view))
-    write_text(files.html, draw_page(view, sizes))
+    write_text(files.html, draw_page(view) if paths is None else report_html(view, paths))
     write_text(files.csv, csv_table(view))
     if files.sizes is not None:
         write_bytes(files.sizes, draw_sizes(sizes, view.started.get("cap_bytes")))
@@ -172,7 +177,7 @@ def _draw_cap(axes: Axes, view: SweepView, rows: Sequence[Row]) -> None:
         return
     low, high = axes.get_xlim()
     cap_mb = cap / MB
-    if not is_far(rows, cap):
+    if not is_far(coordinates(rows)[0], cap):
         margin = 0.06 * (high - low)
         low, high = min(low, cap_mb - margin), max(high, cap_mb + margin)
         axes.set_xlim(low, high)

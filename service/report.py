@@ -118,8 +118,8 @@ def smallest_overshoot(view: SweepView) -> Row | None:
 def status_document(view: SweepView) -> dict[str, Any]:
     """Sum a sweep up as plain data: what ran, what it cost, what came out."""
     started, top = view.started, best(view)
-    trainings = [event for event in view.trainings.values() if _is_of_search(view, event)]
-    finals = [event for event in view.finals.values() if _is_of_search(view, event)]
+    trainings = [event for event in view.trainings.values() if is_of_search(view, event)]
+    finals = [event for event in view.finals.values() if is_of_search(view, event)]
     failed_trainings = _count(trainings, State.FAILED)
     failed_finals = _count(finals, State.FAILED)
     computed = [t["result"] for t in view.trainings.values() if t["result"] and not t["cached"]]
@@ -155,7 +155,7 @@ def status_document(view: SweepView) -> dict[str, Any]:
     }
 
 
-def _is_of_search(view: SweepView, event: Mapping[str, Any]) -> bool:
+def is_of_search(view: SweepView, event: Mapping[str, Any]) -> bool:
     """Whether a stage is one of those that the sweep planned, not of its confirmation alone."""
     seeds = (view.started.get("spec") or {}).get("seeds") or {}
     return event.get("phase") != "confirm" or event["seed"] in seeds.get("search", ())
@@ -344,7 +344,7 @@ def _caption(view: SweepView, num_rows: int, limit: int | None) -> str:
     cap, total = view.started.get("cap_bytes"), view.started.get("num_finals", num_rows)
     shown = f"{min(limit, num_rows)} shown of " if limit is not None and limit < num_rows else ""
     limit_text = "" if cap is None else f"; cap {cap:,} bytes"
-    planned = sum(_is_of_search(view, event) for event in view.finals.values())
+    planned = sum(is_of_search(view, event) for event in view.finals.values())
     more = f" and {num_rows - planned} of the confirmation" if planned < num_rows else ""
     settled = f"{shown}{planned} of {total} finals settled{more}; sweep {view.state}{limit_text}"
     return "\n".join([settled, *map(in_words, dead_knobs(view))])

@@ -1,36 +1,28 @@
 """The pictures and the page of a sweep."""
 
 import io
-import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from service import plots
-from service.groups import group_rows, is_far, pareto_front, scored_rows
+from service.groups import coordinates, group_rows, is_far, pareto_front, scored_rows
 from service.ledger import SweepView, replay
+from service.paths import Paths
 from service.report import best
-from service.report_page import draw_page
 from service.waterfall import SizeStep, best_sizes, size_steps
 from tests import tiny
-from tests.ledgers import CLIP, EMA, PRUNE, WARMDOWN, Sweep
+from tests.ledgers import EMA, PRUNE, WARMDOWN, Sweep
 from trainer.blueprint import blueprint
 from trainer.protocol import ARTIFACT_BYTES_CAP
 from trainer.runtime.files import write_json
 from trainer.sizes import tensor_sizes
 
-MAX_PAGE_BYTES = 6_000_000
-
 
 @pytest.fixture(scope="module")
 def view(tmp_path_factory: pytest.TempPathFactory) -> SweepView:
     return replay(Sweep(tmp_path_factory.mktemp("home")).write())
-
-
-@pytest.fixture(scope="module")
-def page(view: SweepView) -> str:
-    return draw_page(view)
 
 
 def empty_view(folder: Path) -> SweepView:
@@ -65,46 +57,16 @@ def test_picture_is_the_same_each_time(view: SweepView) -> None:
     ],
     ids=["one point", "none feasible", "cap far away", "no cap"],
 )
-def test_picture_and_page_are_drawn_for_odd_sweeps(sweep: dict, tmp_path: Path) -> None:
+def test_a_picture_is_drawn_for_odd_sweeps(sweep: dict, tmp_path: Path) -> None:
     view = replay(Sweep(tmp_path, **sweep).write())
 
     image = Image.open(io.BytesIO(plots.draw_png(view)))
-    page = draw_page(view)
 
     assert len(image.convert("RGB").getcolors(100_000)) > 10
-    assert "parallel" in page
 
 
-def test_sweep_without_finals_has_a_picture_and_a_page(tmp_path: Path) -> None:
-    view = empty_view(tmp_path)
-
-    page = draw_page(view)
-
-    assert plots.draw_png(view).startswith(b"\x89PNG")
-    assert "No final is feasible and legal" in page
-
-
-def test_page_is_one_file_of_moderate_size(page: str) -> None:
-    loaded = re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=[^>]+", page)
-
-    assert loaded == []
-    assert len(page.encode()) < MAX_PAGE_BYTES
-
-
-def test_page_lists_every_final_and_the_facts(view: SweepView, page: str) -> None:
-    assert page.count("<tr class=") == len(view.finals) == 16
-    assert view.started["facts"]["data_digest"] in page
-    assert f"{best(view)['result']['artifact_bytes']:,}" in page
-
-
-def test_page_escapes_what_comes_from_a_spec(tmp_path: Path) -> None:
-    evil = "</script><script>alert(1)</script>"
-    view = replay(Sweep(tmp_path, space={CLIP: ["none", evil]}).write())
-
-    page = draw_page(view)
-
-    assert evil not in page
-    assert "<script>alert" not in page
+def test_sweep_without_finals_has_a_picture(tmp_path: Path) -> None:
+    assert plots.draw_png(empty_view(tmp_path)).startswith(b"\x89PNG")
 
 
 def test_pareto_front_is_what_no_other_beats(view: SweepView) -> None:
@@ -136,11 +98,23 @@ def test_many_values_of_a_number_are_drawn_as_four_ranges(tmp_path: Path) -> Non
     assert [len(group.rows) for group in groups] == [3, 3, 3, 3]
 
 
-def test_cap_is_drawn_only_near_the_points(view: SweepView) -> None:
-    rows = scored_rows(view)
+def test_finals_without_the_knob_that_matters_are_a_group_of_their_own(tmp_path: Path) -> None:
+    view = replay(Sweep(tmp_path).write())
+    for event in view.finals.values():
+        if event["point"][WARMDOWN] == 2500:
+            del event["point"][WARMDOWN]
 
-    assert not is_far(rows, ARTIFACT_BYTES_CAP)
-    assert is_far(rows, 10 * ARTIFACT_BYTES_CAP)
+    name, groups = group_rows(view, scored_rows(view), "train")
+
+    assert name == "warmdown_iters"
+    assert [(group.label, len(group.rows)) for group in groups] == [("3500", 8), ("absent", 8)]
+
+
+def test_cap_is_drawn_only_near_the_points(view: SweepView) -> None:
+    sizes, _ = coordinates(scored_rows(view))
+
+    assert not is_far(sizes, ARTIFACT_BYTES_CAP)
+    assert is_far(sizes, 10 * ARTIFACT_BYTES_CAP)
 
 
 def records() -> list[dict]:
@@ -181,9 +155,10 @@ def test_layers_of_two_digits_come_in_order() -> None:
 
 
 def test_report_shows_the_size_by_tensor_of_the_best_final(view: SweepView, tmp_path: Path) -> None:
-    sizes = sized(view, tmp_path)
+    paths = Paths(tmp_path)
+    sized(view, paths.store)
 
-    files = plots.write_report(view, tmp_path / "report", sizes)
+    files = plots.write_report(view, tmp_path / "report", paths)
 
     page = files.html.read_text()
     assert "Bytes of the best final" in page
