@@ -15,7 +15,6 @@ from typing import Any
 
 from service.judge import Judge
 from service.states import State
-from trainer.errors import BackendError
 
 Outcome = dict[str, Any]
 """state, reason, tries, occupied_s: what became of a job and what it took."""
@@ -47,6 +46,10 @@ class Job:
     @property
     def id(self) -> str:
         return self.what["id"]
+
+    @property
+    def training(self) -> str:
+        return self.what.get("for", self.id)
 
     def seconds(self) -> float:
         """How long gangs have held it so far, all tries together."""
@@ -99,6 +102,8 @@ class Broker:
         """Gangs that will take a queued job: on their way up, or waiting in `take`."""
         self._events: list[dict[str, Any]] = []
         self._refusal: tuple[State, str] | None = None
+        self._drained: tuple[State, str] | None = None
+        self._begun: set[str] = set()  # trainings that a gang has worked on, or on their trunks
         self._changed = asyncio.Condition()
 
     # What trials and the driver ask.
@@ -116,8 +121,9 @@ class Broker:
         if job is None:
             job = Job(what, asyncio.get_running_loop().create_future())
             self._jobs[job.id] = job
-            if self._refusal is not None:
-                self._settle(job, *self._refusal)
+            refusal = self._refusal or (None if job.training in self._begun else self._drained)
+            if refusal is not None:
+                self._settle(job, *refusal)
             else:
                 self._queue.append(job)
                 await self._notify()
@@ -130,6 +136,14 @@ class Broker:
         for job in self._leased():
             job.told = job.told or (State.CANCELLED, reason)
         self._refuse(State.CANCELLED, reason)
+        await self._notify()
+
+    async def drain(self, reason: str) -> None:
+        """Refuse, as cancelled, the jobs of trainings that no gang has worked on yet."""
+        self._drained = self._drained or (State.CANCELLED, reason)
+        for job in [job for job in self._queue if job.training not in self._begun]:
+            self._queue.remove(job)
+            self._settle(job, *self._drained)
         await self._notify()
 
     async def close(self) -> list[str]:
@@ -231,6 +245,7 @@ class Broker:
         if job is None:
             return None
         it.lease = job
+        self._begun.add(job.training)
         job.tries += 1
         job.leased_at = time.monotonic()
         job.failures.clear()
@@ -383,18 +398,3 @@ def doubts(ranks: list[dict[str, Any]]) -> list[str]:
         if abs(rank["skew_s"]) > MAX_SKEW_S:
             found.append(f"rank {number}'s clock is {rank['skew_s']:+.1f} s off the driver's")
     return found
-
-
-def call(broker: str, what: dict[str, Any]) -> Outcome:
-    """Have a job done by the gangs of the pool that goes by this name, and wait for its outcome.
-
-    BackendError if the broker is gone, which ends only with the driver of the sweep.
-    """
-    import ray  # the broker itself needs none
-    from ray.exceptions import RayError
-
-    try:
-        outcome: Any = ray.get(ray.get_actor(broker, namespace=broker).run.remote(what))
-    except (ValueError, RayError) as error:
-        raise BackendError(f"the broker of the gangs is gone ({error!r}); run again") from error
-    return outcome

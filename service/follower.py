@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -10,6 +11,7 @@ from service.paths import Paths
 from trainer.errors import BackendError
 
 PATIENCE_S = 120.0
+HASTE_S = 10.0  # after an interrupt: a projector that needs longer ends by itself, without us
 
 
 class Follower:
@@ -32,7 +34,11 @@ class Follower:
     ) -> None:
         if error is not None:
             self._process.terminate()
-        self._end(self._process)
+        if kind is None or issubclass(kind, Exception):
+            self._end(self._process)
+            return
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(HASTE_S)
 
     def finish(self) -> None:
         """Wait until everything is written; BackendError says how to write it later."""

@@ -38,6 +38,7 @@ IDLE_S = 60.0  # after so long without a job a gang gives its place to others
 LOOK_S = 0.3  # how often a gang that waits for its place is looked at
 SWEEP_S = 5.0  # how often orphans are looked for
 LEAVE_S = 60.0  # how long workers that are told to end may take
+HASTE_S = 8.0  # the same after an interrupt
 CLEAR_S = 15.0
 OUT_OF_REACH = (RayError, OSError, RuntimeError)
 
@@ -105,14 +106,19 @@ class GangPool:
         """End running jobs by agreement, as cancelled; refuse queued and later ones."""
         ray.get(self._broker.stop.remote(reason))
 
+    def drain(self, reason: str) -> None:
+        """Refuse, as cancelled, trainings that no gang has worked on yet."""
+        ray.get(self._broker.drain.remote(reason))
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        is_interrupted = kind is not None and not issubclass(kind, Exception)
         try:
-            self._end_gangs()
+            self._end_gangs(HASTE_S if is_interrupted else LEAVE_S)
         finally:
             self._is_over.set()
             self._watcher.join()
@@ -121,7 +127,7 @@ class GangPool:
             if left:
                 logger.error("left behind by the gangs of this run: %s", "; ".join(left))
 
-    def _end_gangs(self) -> None:
+    def _end_gangs(self, leave_s: float) -> None:
         """Let the gangs that are up end by agreement, and kill those that never came up."""
         try:
             up = ray.get(self._broker.close.remote())
@@ -131,11 +137,11 @@ class GangPool:
         for name, run in list(self._runs.items()):
             if name not in up:
                 run.kill()
-        deadline = time.monotonic() + LEAVE_S
+        deadline = time.monotonic() + leave_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         for name, run in list(self._runs.items()):
-            logger.error("%s did not end within %g s and was killed", name, LEAVE_S)
+            logger.error("%s did not end within %g s and was killed", name, leave_s)
             run.kill()
 
     def _serve(self, gang: str) -> None:

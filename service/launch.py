@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -15,11 +15,12 @@ from ray.exceptions import RayError
 
 from service.budget import Account, seconds_per_step, spent
 from service.cluster import Where, cluster, driver_resources, num_gangs
+from service.control import INTERRUPTS, Order, Orders, answer_signals, why
 from service.gangs import GangPool, last_line
 from service.judge import Judge
 from service.nodes import machines
 from service.paths import Paths
-from service.plan import Final, Plan, Training
+from service.plan import Final, Plan, Training, Trunk
 from service.preflight import asks_kernel, question, require_ready
 from service.pump import pumping
 from service.recorder import Recorder, TrialWatch, untold_s
@@ -31,6 +32,8 @@ from service.trials import REAL, Work
 from trainer.codec import dump
 from trainer.data.shards import Dataset
 from trainer.errors import BackendError
+
+HASTE_S = 8.0  # how long trainings may take to leave at a checkpoint after an interrupt
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +47,21 @@ class Site:
 
 
 class Launcher:
-    """Runs sources of stages to their end, or until the budget or the failures say no.
+    """Runs sources of stages to their end, or until an order, the budget or the failures say no.
 
     `refusals` say why something was not started or was stopped. What a phase may not start for the
-    sake of a later one, that one still may: only `is_used_up` ends everything.
+    sake of a later one, that one still may: only `is_used_up` ends everything. `obeyed` is the
+    order to pause or stop that kept something from starting or going on.
     """
 
     def __init__(
-        self, sweep: Sweep, plan: Plan, site: Site, recorder: Recorder, talk: Talk
+        self,
+        sweep: Sweep,
+        plan: Plan,
+        site: Site,
+        recorder: Recorder,
+        talk: Talk,
+        orders: Orders,
     ) -> None:
         self.sweep = sweep
         self.spec = sweep.spec
@@ -59,10 +69,15 @@ class Launcher:
         self.site = site
         self.recorder = recorder
         self.talk = talk
+        self.orders = orders
+        self.obeyed: Order | None = None
+        self._passed_on: Order | None = None
+        """The order that the gangs have been told of."""
         self.refusals: list[str] = []
         self._is_refused = False
         self._admitted: dict[str, float] = {}
         """Worker-seconds that stages were expected to cost when they were let start."""
+        self._by_state = {state.id: trunk for trunk in plan.trunks for state in trunk.states}
         self._running_s: Mapping[str, float] = {}
         self._reserve_s: Callable[[], float] = lambda: 0.0
         self._stack = ExitStack()
@@ -86,8 +101,10 @@ class Launcher:
     def is_used_up(self) -> bool:
         """Whether nothing more may start, in whichever phase."""
         account = self._account
-        return self._has_failed_too_often() or (
-            account is not None and account.is_used_up(self._spent_s(), time.time())
+        return (
+            self._is_told()
+            or self._has_failed_too_often()
+            or (account is not None and account.is_used_up(self._spent_s(), time.time()))
         )
 
     def train(
@@ -104,24 +121,27 @@ class Launcher:
             return
         self._bring_up()
         spec = self.spec
-        gangs = min(
-            spec.limits.max_concurrent or num_gangs(spec.resources), num_gangs(spec.resources)
-        )
+        fitting = num_gangs(spec.resources)
+        gangs = min(spec.limits.max_concurrent or fitting, fitting)
         # One more than there are gangs, so that the next training waits at the gang's door and not
         # in Tune; a search that learns chooses a point when it knows the last.
         at_once = gangs if spec.search.train.method == "tpe" else gangs + 1
         with (
             tempfile.TemporaryDirectory(prefix="fairway-gangs-") as ray_storage,
             GangPool(spec.resources, gangs, spec.limits.infra_retries, judge, ray_storage) as pool,
-            pumping(lambda: self._attend(pool)),
         ):
-            self._run(
-                self.site.work.train,
-                lambda: self._job(stages, lambda stage: self._training_job(stage, pool)),
-                driver_resources(),
-                at_once,
-                "training",
-            )
+            try:
+                with pumping(lambda: self._attend(pool)):
+                    self._run(
+                        self.site.work.train,
+                        lambda: self._job(stages, lambda stage: self._training_job(stage, pool)),
+                        driver_resources(),
+                        at_once,
+                        "training",
+                    )
+            except INTERRUPTS:
+                self._cut_off(pool)
+                raise
 
     def finalize(
         self, kind: str, source: Source[Final], *, reserve_s: Callable[[], float] = lambda: 0.0
@@ -144,6 +164,7 @@ class Launcher:
         if self._is_up:
             return
         self._stack.enter_context(cluster(self.site.where, self.spec.resources))
+        answer_signals()  # Ray has put its own answer to SIGTERM in the place of ours
         if self.site.where.address is not None:
             self._check_nodes()
         self.recorder.watch = self._stack.enter_context(Watch(self.talk, self.plan.num_finals))
@@ -176,7 +197,7 @@ class Launcher:
         self, stages: "_LookAhead", describe: Callable[[Any], dict[str, Any]]
     ) -> TrialConfig | None:
         stage = stages.next()
-        if stage is None:
+        if stage is None or self._is_told():
             return None
         self.recorder.expect(stage)
         return {"stage": stage.id, "job": json.dumps(describe(stage))}
@@ -200,13 +221,17 @@ class Launcher:
         """The trunks on the way to a state, the first one first, with the states that trainings
         of the plan or other trunks start from."""
         chain: list[dict[str, Any]] = []
-        by_state = {state.id: trunk for trunk in self.plan.trunks for state in trunk.states}
-        while branch is not None:
-            trunk = by_state[branch]
+        for trunk in self._trunks_before(branch):
             states = [[state.id, dump(state.departure)] for state in trunk.states]
             facts = {"id": trunk.id, "task": dump(trunk.task), "parent": trunk.parent}
-            chain.insert(0, {**facts, "states": states})
-            branch = trunk.parent
+            chain.append({**facts, "states": states})
+        return chain
+
+    def _trunks_before(self, branch: str | None) -> list[Trunk]:
+        chain: list[Trunk] = []
+        while branch is not None:
+            chain.insert(0, self._by_state[branch])
+            branch = chain[0].parent
         return chain
 
     def _final_job(self, kind: str, final: Final) -> dict[str, Any]:
@@ -238,6 +263,8 @@ class Launcher:
         if self._is_refused:
             return None
         stage = source.next()
+        if stage is not None and self._is_told():
+            return None
         if stage is None or self._account is None:
             return stage
         cost = cost_s(stage)
@@ -255,8 +282,21 @@ class Launcher:
         self._is_refused = True
         self.refusals.append(reason)
 
+    def _is_told(self) -> bool:
+        """Whether an order keeps what comes from starting. One that was obeyed stays so."""
+        order = self.orders.now()
+        if order is not None:
+            self._obey(order)
+        return self.obeyed is not None
+
+    def _obey(self, order: Order) -> None:
+        if order != self.obeyed:
+            self.talk.say("obeying", order=order.want, by=order.by)
+            self._refuse(order.reason)
+        self.obeyed = order
+
     def _attend(self, pool: GangPool) -> None:
-        """Record what the gangs say; stop them where the budget is used up."""
+        """Record what the gangs say; stop them where somebody says so or the budget is used up."""
         try:
             for event in pool.events():
                 self.recorder.happened(event)
@@ -266,6 +306,13 @@ class Launcher:
             raise BackendError(
                 f"the gangs' broker is gone ({last_line(error)}); run again"
             ) from error
+        order = self.orders.now()
+        if order is not None and order != self._passed_on:
+            self._passed_on = order
+            if self.recorder.view.running:
+                self._obey(order)
+            # A cancellation comes as an interrupt of the main thread.
+            (pool.stop if order.want == "pause" else pool.drain)(order.reason)
         if self._account is None or not self._running_s or self._is_refused:
             return
         refusal = self._account.refuses(
@@ -274,6 +321,24 @@ class Launcher:
         if refusal is not None:
             self._refuse(refusal)
             pool.stop(refusal)
+
+    def _cut_off(self, pool: GangPool) -> None:
+        """After an interrupt: let what runs leave at a checkpoint if it soon can, and record what
+        it took and the sweep's end: Ray, which is not asked for more, may be gone as well."""
+        order = self.orders.cancelled()
+        reason = why(order)
+        self.recorder.ledger.recover()
+        deadline = time.monotonic() + HASTE_S
+        with suppress(RayError, BackendError):
+            pool.stop(reason)
+            while pool.running() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            self._attend(pool)
+        for key, seconds in self._running_s.items():
+            self.recorder.paid.setdefault(key, {"tries": 1, "occupied_s": seconds})
+        for key, event in list(self.recorder.view.running.items()):
+            self.recorder.training_cut_off(key, self._trunks_before(event["branch"]), reason)
+        self.recorder.sweep_cancelled(order)
 
     def _spent_s(self, *, with_admitted: bool = False) -> float:
         """Worker-seconds so far, what is under way included; with what was admitted at its whole
@@ -295,19 +360,15 @@ class Launcher:
     def _steps_found(self, training: Training) -> int:
         """Steps that a training has behind it: of a state that is there, or that a training which
         was let start before it is to leave."""
-        for trunk in self.plan.trunks:
-            ids = {state.id for state in trunk.states}
-            for state in trunk.states:
-                is_coming = any(t.branch in ids for t in self._started.values())
-                if state.id == training.branch:
-                    found = self.recorder.store.find("states", state.id) is not None
-                    return (state.departure.step or 0) if found or is_coming else 0
-        return 0
-
-    @property
-    def _started(self) -> dict[str, Training]:
-        trainings = self.recorder.trainings
-        return {key: trainings[key] for key in self._admitted if key in trainings}
+        if training.branch not in self._by_state:
+            return 0
+        steps = {
+            state.id: state.departure.step or 0 for state in self._by_state[training.branch].states
+        }
+        found = self.recorder.store.find("states", training.branch) is not None
+        started = self.recorder.trainings.keys() & self._admitted.keys()
+        is_coming = any(self.recorder.trainings[key].branch in steps for key in started)
+        return steps[training.branch] if found or is_coming else 0
 
     def cost_of_steps_s(self, steps: int, max_clock_s: float | None) -> float:
         """Worker-seconds that so many steps are expected to cost: at the pace that was measured,

@@ -17,7 +17,8 @@ opens. A broken line anywhere else is refused by number; a ledger never starts e
     final_scored       final training point seed phase state reason cached occupied_s result
                        fitted: its clips and bits were chosen so that it fits the cap
     verdict            gate: what the gate said of the confirmed finals
-    sweep_finished     state cache_hits reason
+    sweep_finished     state cache_hits reason order
+                       order: pause, stop or cancel, where somebody ended the sweep
 
 phase is search or confirm. occupied_s: the seconds that a stage held its workers; it times the
 workers is what a budget counts.
@@ -39,6 +40,7 @@ from service.states import State
 from trainer.errors import DataError, UsageError
 
 PATIENCE_S = 1.0
+_GLANCE_BYTES = 1 << 14
 RETRIED = frozenset({State.FAILED, State.CANCELLED})
 """States that another run of the sweep tries again."""
 
@@ -67,6 +69,8 @@ class SweepView:
     """Unix seconds of the sweep's first start, 0 before it."""
     reason: str | None = None
     """Why the sweep ended before it was complete."""
+    order: str | None = None
+    """What somebody asked for that ended it: pause, stop or cancel."""
 
     def apply(self, event: dict[str, Any]) -> None:
         """Fold one event in. An event of a stage that is already settled changes nothing."""
@@ -75,7 +79,8 @@ class SweepView:
             self.paid.append(event)
         match event["event"]:
             case "sweep_started":
-                self.started, self.state, self.reason = event, State.RUNNING, None
+                self.started, self.state = event, State.RUNNING
+                self.reason = self.order = None
                 self.first_started_at = self.first_started_at or event["at"]
                 self.running.clear()
             case "training_started":
@@ -97,7 +102,7 @@ class SweepView:
             case "sweep_finished":
                 self.running.clear()
                 self.state, self.cache_hits = State(event["state"]), event["cache_hits"]
-                self.reason = event.get("reason")
+                self.reason, self.order = event.get("reason"), event.get("order")
             case _:  # a fact that moves nothing
                 pass
 
@@ -141,6 +146,25 @@ def read_with_ends(
                 return  # torn by a crash, or still being written
             end += len(line)
             yield _decode(line, path, number), end
+
+
+def last_event(path: Path) -> dict[str, Any]:
+    """Read the last whole event of a ledger from the file's end, unchecked: for a glance at how
+    far it is. Empty where there is none that can be read."""
+    try:
+        with path.open("rb") as file:
+            end, num_bytes = file.seek(0, 2), _GLANCE_BYTES
+            while True:
+                start = max(0, end - num_bytes)
+                file.seek(start)
+                lines = file.read(end - start).split(b"\n")  # the last one is torn, or empty
+                if len(lines) > 2 or start == 0:
+                    break
+                num_bytes *= 4
+        event = json.loads(lines[-2])
+        return event if isinstance(event["seq"], int) else {}
+    except (OSError, IndexError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _decode(line: bytes, path: Path, number: int) -> dict[str, Any]:
@@ -227,6 +251,13 @@ class Ledger:
             os.fsync(self._file.fileno())
             self.view.apply(record)
         return record
+
+    def recover(self) -> None:
+        """Take up what the file has, after an interrupt that may have met an `append` halfway."""
+        with self._turn:
+            self._file.flush()
+            self.view = SweepView()
+            self._file.truncate(self._replay())
 
     def close(self) -> None:
         self._file.close()

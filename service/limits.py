@@ -8,6 +8,11 @@ from service.states import State
 from service.sweep import Constraint
 
 
+def over_by(subject: str, value: float, limit: float) -> str:
+    """Say how far a value is over its limit."""
+    return f"{subject} {value:,.10g} > {limit:,.10g}, over by {value - limit:,.10g}"
+
+
 def settle_ranked(
     ranked: Mapping[str, Any], constraints: Sequence[Constraint]
 ) -> tuple[State, str | None]:
@@ -17,9 +22,7 @@ def settle_ranked(
     for constraint in constraints:
         cap = constraint.limit
         if constraint.subject == "artifact_bytes" and cap is not None and num_bytes > cap:
-            over = num_bytes - cap
-            reason = f"artifact_bytes {num_bytes:,} > {cap:,.10g}, over by {over:,.10g}"
-            return State.INFEASIBLE, reason
+            return State.INFEASIBLE, over_by("artifact_bytes", num_bytes, cap)
     return State.SUCCEEDED, None
 
 

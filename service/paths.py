@@ -6,7 +6,10 @@
       store/parities/ID/          result.json
       store/finals/ID/            task.json artifact/ score.json audit.json result.json
       sweeps/SWEEP_ID/            sweep.yaml events.jsonl tracking.json report/ logs/
+                                  control.json: what the run under way is told; jobs/: a service's
+      submissions/DIGEST/         sweep.yaml, the files it names, submission.json
       mlflow.db mlruns/           the embedded MLflow
+      outbox.json                 how far behind its ledgers MLflow is
 
 result.json is written last: a stage without one is not done.
 """
@@ -38,12 +41,27 @@ class SweepPaths:
         return self.root / "tracking.json"
 
     @property
+    def refused(self) -> Path:
+        """Why the sweep is not in MLflow: a JSON object a line, the newest last."""
+        return self.root / "tracking-refused.jsonl"
+
+    @property
     def report(self) -> Path:
         return self.root / "report"
 
     @property
     def logs(self) -> Path:
         return self.root / "logs"
+
+    @property
+    def control(self) -> Path:
+        """What the run of the sweep that is under way is told."""
+        return self.root / "control.json"
+
+    @property
+    def jobs(self) -> Path:
+        """What the service knows of the processes that it has started for the sweep."""
+        return self.root / "jobs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +83,16 @@ class Paths:
 
     def sweep(self, sweep_id: str) -> SweepPaths:
         return SweepPaths(self.sweeps / sweep_id)
+
+    @property
+    def submissions(self) -> Path:
+        """What was submitted to the service, a folder each."""
+        return self.home / "submissions"
+
+    @property
+    def outbox(self) -> Path:
+        """How the service's projection into MLflow stands."""
+        return self.home / "outbox.json"
 
     @property
     def mlflow_db(self) -> Path:

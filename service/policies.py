@@ -5,11 +5,10 @@ from typing import Any, Final
 
 from service.clocks import ClockName, ClockPolicy, charge, overrun
 from service.ledger import SweepView
+from service.limits import over_by
 from service.specs import Resources
 from service.states import State
 from service.sweep import Constraint
-from trainer.data.shards import Dataset
-from trainer.errors import UsageError
 
 CLOCKS: Final[dict[str, ClockName]] = {"train_clock_s": "train", "eval_clock_s": "eval"}
 """Constraints on a clock, and which one."""
@@ -41,19 +40,8 @@ def settle(
             if over is not None:
                 return State.ILLEGAL, over
         elif values[subject] > limit:
-            value = values[subject]
-            reason = f"{subject} {value:,.10g} > {limit:,.10g}, over by {value - limit:,.10g}"
-            return State.INFEASIBLE, reason
+            return State.INFEASIBLE, over_by(subject, values[subject], limit)
     return State.SUCCEEDED, None
-
-
-def check_holdout(dataset: Dataset, where: str) -> None:
-    """Refuse to rank on held-out training shards that a dataset does not have."""
-    if dataset.num_tokens("holdout") < 2:
-        raise UsageError(
-            f"{where}: search.final.rank_on=holdout, but {dataset.folder} holds out no training "
-            "shards; prepare or fetch the data with a holdout, or set rank_on: validation"
-        )
 
 
 def verdict(view: SweepView, refusal: str | None = None) -> State:

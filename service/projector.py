@@ -25,6 +25,7 @@ from trainer.runtime.files import read_json, write_json
 logger = logging.getLogger(__name__)
 
 MAX_BATCH = 1_000  # metrics that MLflow takes in one request, runs that it lists
+SAVE_EVERY = 50  # events: what a projector that dies in a long step writes again, to no effect
 DEFAULT_PORT = 5000
 
 
@@ -105,6 +106,8 @@ class Projector:
             if event["seq"] > self._num_written:
                 self._write(event)
                 self._num_written = event["seq"]
+                if self._num_written % SAVE_EVERY == 0:
+                    self._save()
         num_points = sum(self._write_curve(training) for training in self._view.running)
         if self.is_connected and (events or num_points):
             self._save()
@@ -112,11 +115,18 @@ class Projector:
 
     def abandon(self) -> None:
         """Close the runs of a sweep whose process is gone; going on with it opens them again."""
-        if self._view.state != State.RUNNING or not self.is_connected:
-            return
-        ended_ms = _ms(self._last_event["at"])
-        for key in (*self._view.running, self._sweep_id):
-            self._call("set_terminated", self._run_ids[key], "KILLED", ended_ms)
+        if self._view.state == State.RUNNING and self.is_connected:
+            self._close_runs(State.LOST)
+
+    def _close_runs(self, state: State) -> None:
+        """Close every run of the sweep that is still open, whoever opened it, in `state`. One that
+        ended before, and was begun once more, keeps the state that it had."""
+        running = f"tags.`{runs.SWEEP_TAG}` = '{self._sweep_id}' and attributes.status = 'RUNNING'"
+        for key, run in self._search(running):
+            ended = self._view.trainings.get(key, {**self._last_event, "state": state})
+            self._call("set_tag", run.info.run_id, runs.STATE_TAG, str(ended["state"]))
+            status = runs.run_status(State(ended["state"]))
+            self._call("set_terminated", run.info.run_id, status, _ms(ended["at"]))
 
     def _new_events(self) -> list[dict[str, Any]]:
         path = self._sweep.ledger
@@ -130,21 +140,23 @@ class Projector:
         name = self._view.started["name"]
         self._experiment_id = mlflow_store.experiment(client, self._paths, self._uri, name)
         self._client = client
-        self._run_ids = self._find_runs()
+        ours = self._search(f"tags.`{runs.SWEEP_TAG}` = '{self._sweep_id}'")
+        self._run_ids = {key: run.info.run_id for key, run in ours}
         self._recall()
 
-    def _find_runs(self) -> dict[str, str]:
-        found: dict[str, str] = {}
+    def _search(self, where: str) -> list[tuple[str, Any]]:
+        """The runs that a filter of MLflow's finds, each with the id of its stage."""
+        found: list[tuple[str, Any]] = []
         token = None
         while True:
             page = self._call(
                 "search_runs",
                 [self._experiment_id],
-                f"tags.`{runs.SWEEP_TAG}` = '{self._sweep_id}'",
+                where,
                 max_results=MAX_BATCH,
                 page_token=token,
             )
-            found |= {run.data.tags[runs.ID_TAG]: run.info.run_id for run in page}
+            found += [(run.data.tags[runs.ID_TAG], run) for run in page]
             token = page.token
             if not token:
                 return found
@@ -202,6 +214,8 @@ class Projector:
                 self._put(runs.final_run(self._view, event, self._paths))
             case "sweep_finished":
                 self._put(runs.finished_sweep_run(self._view, event, self._write_report()))
+                left = self._view.state
+                self._close_runs(left if left == State.FAILED else State.CANCELLED)
                 self._write_view(event)
                 self._is_open = False
 
@@ -297,4 +311,4 @@ class Projector:
     def _write_report(self) -> tuple[Path, ...]:
         from service import plots
 
-        return plots.write_report(self._view, self._sweep.report).files()
+        return plots.write_report(self._view, self._sweep.report, self._paths).files()

@@ -8,6 +8,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from service.clocks import ClockPolicy
+from service.control import Order, why
 from service.labels import run_name
 from service.ledger import RETRIED, Ledger, SweepView
 from service.limits import settle_ranked
@@ -180,6 +181,30 @@ class Recorder:
             bpb=result["parity_bpb"] if result else None,
         )
 
+    def training_cut_off(self, training_id: str, trunks: Sequence[Trunk], reason: str) -> None:
+        """An interrupt ends a training, with the trunks that come before it, wherever it is: what
+        has been computed is there, and what a gang was held for is paid."""
+        for trunk in trunks:
+            found = trunk_found(self.store, trunk)
+            if found is not None and trunk.id in self.paid:
+                self.trunk_finished({**found, "cached": False})
+        untold = [key for key in (training_id, *(t.id for t in trunks)) if key in self.untold()]
+        self.ended.update(untold)
+        result = self.store.find("trainings", training_id)
+        ended = {"state": State.CANCELLED, "reason": reason}
+        if result is not None:
+            ended = {"state": State.SUCCEEDED, "reason": None}
+        paid = {
+            "tries": max((self.paid[key]["tries"] for key in untold), default=0),
+            "occupied_s": sum(self.paid[key]["occupied_s"] for key in untold),
+        }
+        training = self.trainings[training_id]
+        self.training_finished(training, {**ended, **paid, "cached": False, "result": result})
+
+    def untold(self) -> set[str]:
+        """Gangs' jobs that have ended and that the ledger does not tell of yet."""
+        return self.paid.keys() - self.ended
+
     def final_ended(self, outcome: Outcome) -> None:
         """A trial says what became of its final."""
         final = self.finals[outcome["final"]]
@@ -243,6 +268,22 @@ class Recorder:
             **short(final.point),
         )
 
+    def sweep_cancelled(self, order: Order | None) -> None:
+        """End the sweep, unless it has ended, after an interrupt that may have come anywhere."""
+        self.ledger.recover()
+        if self.view.state == State.RUNNING:
+            want = None if order is None else order.want
+            self.sweep_finished(State.CANCELLED, why(order), want)
+
+    def sweep_finished(self, state: State, reason: str | None, order: str | None = None) -> None:
+        """The sweep has ended. `order`: pause, stop or cancel, if somebody wanted that."""
+        hits = self.cache_hits
+        self.ledger.append(
+            "sweep_finished", state=state, cache_hits=hits, reason=reason, order=order
+        )
+        sweep = self.view.started["sweep_id"]
+        self.talk.say("sweep_finished", sweep=sweep, state=state, reason=reason)
+
     def happened(self, event: Mapping[str, Any]) -> None:
         """A gang's own event: waiting, gang_started, rung, or the end of a job."""
         if event["event"] == "job_ended":
@@ -275,8 +316,7 @@ def short(point: Mapping[str, Any]) -> dict[str, Any]:
 
 def untold_s(recorder: Recorder) -> float:
     """Seconds of gangs' jobs that have ended and that the ledger does not tell of yet."""
-    ids = recorder.paid.keys() - recorder.ended
-    return sum(recorder.paid[key]["occupied_s"] for key in ids)
+    return sum(recorder.paid[key]["occupied_s"] for key in recorder.untold())
 
 
 def trunk_found(store: Store, trunk: Trunk) -> Outcome | None:

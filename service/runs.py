@@ -17,7 +17,7 @@ from service.report import best, has_several_seeds, status_document
 from service.states import State
 
 ID_TAG, SWEEP_TAG, KIND_TAG = "fairway.id", "fairway.sweep", "fairway.kind"
-PARENT_TAG = "mlflow.parentRunId"
+PARENT_TAG, STATE_TAG = "mlflow.parentRunId", "fairway.state"
 _MAX_TAG_CHARS = 7_900  # MLflow takes 8,000
 _DIGEST_CHARS = 12  # the run page cuts a tag at about 25 characters
 # Facts that identify the sweep itself are told by other tags.
@@ -79,7 +79,7 @@ def finished_sweep_run(
         metrics=_numbers(metrics),
         started_at_s=view.started["at"],
         ended_at_s=event["at"],
-        status=_status(view.state),
+        status=run_status(view.state),
         files=files,
     )
 
@@ -99,7 +99,7 @@ def training_run(view: SweepView, event: dict[str, Any], paths: Paths) -> RunFac
         metrics=_training_metrics(result),
         started_at_s=event["at"] - spent_s,
         ended_at_s=event["at"] if is_finished else None,
-        status=_status(state),
+        status=run_status(state),
         files=(folder / "task.json", folder / "result.json") if is_finished else (),
     )
 
@@ -124,7 +124,7 @@ def final_run(view: SweepView, event: dict[str, Any], paths: Paths) -> RunFacts:
         metrics=(_final_metrics(view, event) if result else {}) | _ranked_metrics(view, key),
         started_at_s=event["at"] - spent_s,
         ended_at_s=event["at"],
-        status=_status(state),
+        status=run_status(state),
         files=tuple(
             folder / name for name in ("task.json", "score.json", "audit.json", "result.json")
         ),
@@ -155,7 +155,7 @@ def _tags(view: SweepView, kind: str, key: str, state: State) -> dict[str, str]:
         KIND_TAG: kind,
         ID_TAG: key,
         SWEEP_TAG: started["sweep_id"],
-        "fairway.state": str(state),
+        STATE_TAG: str(state),
         "mlflow.source.name": "fairway",
     }
     for tag, fact in (
@@ -186,11 +186,12 @@ def _flag(holds: bool) -> str:
     return "true" if holds else "false"
 
 
-def _status(state: State) -> str:
+def run_status(state: State) -> str:
+    """MLflow's word for a state of ours."""
     # Infeasible and illegal finals did finish: their tags say why they cannot be best.
     if state == State.RUNNING:
         return "RUNNING"
-    if state in (State.STOPPED, State.CANCELLED):
+    if state in (State.STOPPED, State.CANCELLED, State.LOST):
         return "KILLED"
     return "FAILED" if state == State.FAILED else "FINISHED"
 

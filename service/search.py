@@ -1,15 +1,18 @@
 """A sweep from its plan to its ledger. Ray Tune runs the trials, Ray Train the gangs.
 
 `run_sweep` reads top-down: record what the store has already, search the train axes, search the
-axes of the finals, confirm the best, close. Killed anywhere, the same call goes on from there:
-nothing that is finished is computed again, and the ledger has every stage once.
+axes of the finals, confirm the best, close. Killed anywhere, or told to pause, stop or cancel
+(`control`), the same call goes on from there: nothing that is finished is computed again, and the
+ledger has every stage once.
 """
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from service.choices import Choices
+from service.control import INTERRUPTS, Orders, cancellable, why
 from service.curves import read_curve
 from service.facts import environment
 from service.identity import Inputs
@@ -34,20 +37,23 @@ from tune_spaces.space import phase_of
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a run of a sweep works with; `file` is what errors call the sweep."""
+    """What a run of a sweep works with; `file` is what errors call the sweep, `since` when this run
+    began (Unix seconds): what was ordered before is not for it."""
 
     sweep: Sweep
     plan: Plan
     inputs: Inputs
     file: str
     site: Site
+    since: float = field(default_factory=time.time)
 
 
 def run_sweep(setting: Setting, talk: Talk) -> SweepView:
     """Run a sweep to its end, or what is left of it, and return its ledger's view.
 
-    A sweep that its budget or its limits ended early is `stopped`, with the reason; the same call
-    with more of them goes on.
+    A sweep that an order, its budget or its limits ended early is `stopped`, with the reason; the
+    same call, with more of them, goes on. Raises KeyboardInterrupt, with who wanted it, when it
+    was cancelled or interrupted, which the ledger then says. To be called from the main thread.
     """
     return SweepRun(setting, talk).run()
 
@@ -67,6 +73,8 @@ class SweepRun:
         """Compute what the ledger and the store do not have; return the sweep as it then stands."""
         setting = self.setting
         with Ledger(self.folder.ledger) as self.ledger:
+            self.orders = Orders(self.folder.control, setting.since)
+            self.orders.forget_older()
             constraints = setting.sweep.constraints
             clocks = setting.sweep.clocks
             self.recorder = Recorder(self.ledger, self.store, self.talk, constraints, clocks)
@@ -75,21 +83,38 @@ class SweepRun:
             )
             if self.spec.gate is not None:  # or the sweep would end without its verdict
                 check_gate(self.spec.gate, setting.site.paths)
+            try:
+                self._work()
+            except UsageError as error:
+                self.recorder.sweep_finished(State.FAILED, str(error))
+                raise
+            except INTERRUPTS as error:
+                order = self.orders.cancelled()
+                self.recorder.sweep_cancelled(order)
+                raise KeyboardInterrupt(why(order)) from error
+            return self.ledger.view
+
+    def _work(self) -> None:
+        site, recorder = self.setting.site, self.recorder
+        launcher = Launcher(self.setting.sweep, self.plan, site, recorder, self.talk, self.orders)
+        with cancellable(self.orders):
             self._open()
             self._record_known()
-            launcher = Launcher(setting.sweep, self.plan, setting.site, self.recorder, self.talk)
-            try:
-                with launcher:
+            with launcher:
+                try:
                     self._search(launcher)
                     self._confirm(launcher)
-            except UsageError as error:
-                self._close(State.FAILED, str(error))
-                raise
-            reason = next(iter(launcher.refusals), None)
-            if reason is None or self._is_confirmed():
-                self._judge_confirmed()
-            self._close(verdict(self.ledger.view, reason), reason)
-            return self.ledger.view
+                except INTERRUPTS:  # said before Ray ends, which takes long where it is gone too
+                    recorder.sweep_cancelled(self.orders.cancelled())
+                    raise
+        order = launcher.obeyed
+        if order is not None:
+            recorder.sweep_finished(order.state, order.reason, order.want)
+            return
+        reason = next(iter(launcher.refusals), None)
+        if reason is None or self._is_confirmed():
+            self._judge_confirmed()
+        recorder.sweep_finished(verdict(self.ledger.view, reason), reason)
 
     def _open(self) -> None:
         sweep, plan = self.setting.sweep, self.plan
@@ -184,6 +209,8 @@ class SweepRun:
         else:
             launcher.finalize("rank", finals, reserve_s=reserve_s)
             self.recorder.settle_unranked()
+            if launcher.is_used_up:  # perhaps before all were ranked
+                return
             chosen, passed = self.choices.ranked()
             self.recorder.pass_over(passed)
             launcher.finalize("final", self._unsettled(chosen), reserve_s=reserve_s)
@@ -238,9 +265,3 @@ class SweepRun:
             judged = judge_sweep(self.ledger.view, self.spec.gate, self.setting.site.paths)
             self.ledger.append("verdict", gate=judged)
             self.talk.say("verdict", gate=judged["verdict"], reason=judged["reason"])
-
-    def _close(self, state: State, reason: str | None) -> None:
-        self.ledger.append(
-            "sweep_finished", state=state, cache_hits=self.recorder.cache_hits, reason=reason
-        )
-        self.talk.say("sweep_finished", sweep=self.plan.sweep_id, state=state, reason=reason)

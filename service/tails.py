@@ -40,7 +40,7 @@ class LedgerTail:
             return question(self._view)
 
     def state(self) -> State:
-        """The sweep's state as the ledger tells it: lost, where it is under way and nobody writes."""
+        """The state that the ledger tells; lost, where it is under way and nobody writes."""
         state = self.ask(lambda view: view.state)
         return State.LOST if state == State.RUNNING and not is_held(self.path) else state
 

@@ -21,8 +21,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Event
+from typing import NamedTuple
 
 from service import mlflow_store
+from service.ledger import is_held
 from service.paths import Paths, SweepPaths
 from service.projector import DEFAULT_PORT, Projection, Projector
 from trainer.errors import FairwayError, UsageError
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
 LOCK_S = 30.0
+SYNC_S = 5.0  # the outbox may just have this sweep in hand
 MAX_BACKOFF_S = 60.0
 
 
@@ -52,7 +55,8 @@ def ui_command(paths: Paths, *, port: int = DEFAULT_PORT) -> str:
 
 
 def sync(paths: Paths, sweep_id: str, uri: str) -> Projection:
-    """Write what the ledger holds now and return."""
+    """Write what the ledger holds now and return. Runs that a sweep left open when its process
+    died become KILLED."""
     return project(paths, sweep_id, uri, follow=False)
 
 
@@ -77,16 +81,19 @@ def project(
     sweep = paths.sweep(sweep_id)
     if not follow and not sweep.ledger.is_file():
         raise UsageError(f"{sweep.ledger}: no such sweep; see `fairway status`")
-    parent = _Parent(parent_pid, stop)
-    with _only_projector(sweep, patience_s=LOCK_S if follow else 0.0):
+    parent = Parent(parent_pid, stop)
+    with only_projector(sweep, patience_s=LOCK_S if follow else SYNC_S):
         if follow:
             return _follow(Projector(paths, sweep_id, uri), parent, after)
+        is_left = not is_held(sweep.ledger)
         projector = Projector(paths, sweep_id, uri)
         projector.step()
+        if is_left:
+            projector.abandon()
         return projector.projection()
 
 
-def _follow(projector: Projector, parent: "_Parent", after: int) -> Projection:
+def _follow(projector: Projector, parent: "Parent", after: int) -> Projection:
     failures, was_connected = 0, False
     while True:
         is_orphan = parent.is_gone()
@@ -111,8 +118,8 @@ def _follow(projector: Projector, parent: "_Parent", after: int) -> Projection:
             time.sleep(POLL_S)
 
 
-class _Parent:
-    """The run that is followed: gone when its process is, or when it said so."""
+class Parent:
+    """The process that this one serves: gone when it is, or when it said so."""
 
     def __init__(self, pid: int | None, stop: Event | None) -> None:
         self._pid, self._stop = pid, stop
@@ -120,6 +127,7 @@ class _Parent:
         self._is_direct = pid is not None and os.getppid() == pid
 
     def is_gone(self) -> bool:
+        """Whether there is nobody left to serve."""
         if self._stop is not None and self._stop.is_set():
             return True
         if self._pid is None:
@@ -129,9 +137,20 @@ class _Parent:
         return not Path(f"/proc/{self._pid}").exists()
 
 
+class Turn(NamedTuple):
+    """One holding of a sweep's lock, named by a mark that no other has, and the one before it."""
+
+    mark: str
+    before: str
+
+
 @contextmanager
-def _only_projector(sweep: SweepPaths, *, patience_s: float) -> Iterator[None]:
-    """Hold a sweep's lock. A killed run's projector needs a moment to notice and let go."""
+def only_projector(sweep: SweepPaths, *, patience_s: float) -> Iterator[Turn]:
+    """Hold a sweep's lock; UsageError while another process does. A projector that is kept from
+    one turn to the next knows every run there is only if nobody had a turn in between.
+
+    A killed run's projector needs a moment to notice and let go.
+    """
     lock = sweep.tracking.with_suffix(".lock")
     deadline = time.monotonic() + patience_s
     with ExitStack() as stack:
@@ -146,7 +165,9 @@ def _only_projector(sweep: SweepPaths, *, patience_s: float) -> Iterator[None]:
                         "stop it first"
                     ) from error
                 time.sleep(POLL_S / 2)
-        yield
+        turn = Turn(f"{os.getpid()} {time.time_ns()}\n", lock.read_text(encoding="utf-8"))
+        lock.write_text(turn.mark, encoding="utf-8")
+        yield turn
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,15 +8,16 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
+from ray.exceptions import RayError
 
-from service.broker import call
 from service.states import State
 from service.store import Store
 from trainer.errors import BackendError, FairwayError
@@ -24,6 +25,8 @@ from trainer.runtime.files import write_text
 
 Job = dict[str, Any]
 Outcome = dict[str, Any]
+NOTHING: Mapping[str, Any] = {"tries": 0, "occupied_s": 0.0}
+"""What a stage took that no gang worked on."""
 
 
 class _Unfinished(Exception):
@@ -47,7 +50,7 @@ def _train(job: Job) -> Outcome:
     """Grow the trunks that the training starts from, then train; what others have is taken."""
     store = Store(Path(job["store"]))
     grown: list[Outcome] = []
-    spent: Outcome = {"tries": 0, "occupied_s": 0.0}
+    spent = dict(NOTHING)
 
     def train(folder: Path) -> None:
         start = job["branch"] and str(store.folder("states", job["branch"]))
@@ -56,16 +59,16 @@ def _train(job: Job) -> Outcome:
     try:
         if store.find("trainings", job["training"]) is None:
             for trunk in job["trunks"]:
-                grown += _grow(store, job, trunk)
+                grown.append(_grow(store, job, trunk))
         result, cached = store.compute("trainings", job["training"], train, resumes=True)
     except _Unfinished as ended:
         return {**ended.outcome, "result": None, "cached": False, "trunks": grown}
     ended_well = {"state": State.SUCCEEDED, "reason": None, "trunks": grown}
-    paid = {"tries": spent["tries"], "occupied_s": spent["occupied_s"]}
+    paid = {name: spent[name] for name in NOTHING}
     return {**ended_well, **paid, "result": result, "cached": cached}
 
 
-def _grow(store: Store, job: Job, trunk: Job) -> list[Outcome]:
+def _grow(store: Store, job: Job, trunk: Job) -> Outcome:
     """Compute the states of a trunk that nobody has, from the last one before them that is there.
 
     The states are held in the order in which a trunk passes them, so two that share some of them
@@ -73,11 +76,11 @@ def _grow(store: Store, job: Job, trunk: Job) -> list[Outcome]:
     """
     ids = [state for state, _ in trunk["states"]]
     if all(store.find("states", state) is not None for state in ids):
-        return [_trunk_outcome(store, trunk, ids, {"tries": 0, "occupied_s": 0.0}, cached=True)]
+        return _trunk_outcome(store, trunk, ids, NOTHING, cached=True)
     with ExitStack() as held:
         folders = {state: held.enter_context(store.claim("states", state)) for state in ids}
         missing = [state for state in ids if store.find("states", state) is None]
-        spent: Outcome = {"tries": 0, "occupied_s": 0.0}
+        spent = NOTHING
         if missing:
             before = [trunk["parent"], *ids][: ids.index(missing[0]) + 1]
             wanted = [[d, str(folders[s])] for s, d in trunk["states"] if s in missing]
@@ -89,11 +92,11 @@ def _grow(store: Store, job: Job, trunk: Job) -> list[Outcome]:
             except _Unfinished as ended:
                 reason = f"its trunk {trunk['id']} ended first: {ended.outcome['reason']}"
                 raise _Unfinished({**ended.outcome, "reason": reason}) from ended
-        return [_trunk_outcome(store, trunk, missing, spent, cached=not missing)]
+        return _trunk_outcome(store, trunk, missing, spent, cached=not missing)
 
 
 def _trunk_outcome(
-    store: Store, trunk: Job, computed: list[str], spent: Outcome, *, cached: bool
+    store: Store, trunk: Job, computed: list[str], spent: Mapping[str, Any], *, cached: bool
 ) -> Outcome:
     results = [store.find("states", state) or {} for state in computed]
     return {
@@ -101,20 +104,30 @@ def _trunk_outcome(
         "states": [state for state, _ in trunk["states"]],
         "cached": cached,
         "steps_computed": sum(result["steps_computed"] for result in results),
-        "occupied_s": spent["occupied_s"],
-        "tries": spent["tries"],
+        **{name: spent[name] for name in NOTHING},
     }
 
 
 def _in_gang(job: Job, work: Job) -> Outcome:
     """Have a gang do the work of a job, and wait for it."""
     shared = ("data", "task", "device", "gpus", "cpus_per_worker")
-    outcome = call(
-        job["broker"],
-        {"id": job["training"], "states": [], **{name: job[name] for name in shared}, **work},
-    )
+    what = {name: job[name] for name in shared}
+    facts = {"id": job["training"], "for": job["training"], "states": []}
+    outcome = call(job["broker"], {**facts, **what, **work})
     if outcome["state"] != State.SUCCEEDED:
         raise _Unfinished(outcome)
+    return outcome
+
+
+def call(broker: str, what: dict[str, Any]) -> Outcome:
+    """Have a job done by the gangs of the pool that goes by this name, and wait for its outcome.
+
+    BackendError if the broker is gone, which ends only with the driver of the sweep.
+    """
+    try:
+        outcome: Any = ray.get(ray.get_actor(broker, namespace=broker).run.remote(what))
+    except (ValueError, RayError) as error:
+        raise BackendError(f"the broker of the gangs is gone ({error!r}); run again") from error
     return outcome
 
 

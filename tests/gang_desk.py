@@ -11,10 +11,10 @@ from typing import Any
 import ray
 import torch
 
-from service.broker import call
 from service.gangs import GangPool
 from service.judge import AgainstReference
 from service.specs import ReferenceCurve, Resources
+from service.trials import call
 from tests import tiny
 from trainer.codec import dump
 from trainer.runtime.tensors import load_tensors, saved_names

@@ -5,20 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from service.policies import check_holdout
 from service.tasks import run_final, run_fit, run_rank
 from tests import tiny
 from trainer.codec import dump
-from trainer.data.prepare import prepare
 from trainer.data.shards import load_dataset, open_shard, write_shard
-from trainer.errors import DataError, TrainingError, UsageError
+from trainer.errors import DataError, TrainingError
 from trainer.finalize.pipeline import artifact_bytes
 from trainer.run import train
 from trainer.runtime.distributed import Ranks
@@ -149,19 +146,6 @@ def test_a_rank_leaves_its_artifact_to_the_final_and_is_found_again(home: Path) 
     assert scored["weights_sha256"] == ranked["result"]["weights_sha256"]
     assert {path: path.stat().st_mtime_ns for path in results(home, "artifacts")} == made
     assert (ranked["cached"], run_rank(job(home))) == (False, {**ranked, "cached": True})
-
-
-def test_a_dataset_without_held_out_shards_is_refused_by_name(tmp_path: Path) -> None:
-    text = tmp_path / "documents.txt"
-    text.write_text(tiny.documents())
-    dataset = prepare([text], tmp_path / "bare", replace(tiny.SETTINGS, holdout_fraction=0.0))
-
-    with pytest.raises(UsageError, match=r"sweep\.yaml: search\.final\.rank_on=holdout, .*bare"):
-        check_holdout(dataset, "sweep.yaml")
-
-
-def test_held_out_shards_may_be_ranked_on(trained: Path) -> None:
-    check_holdout(load_dataset(trained / "tiny"), "sweep.yaml")
 
 
 def test_a_fit_is_a_final_under_the_cap_whose_clips_and_bits_were_chosen(home: Path) -> None:

@@ -10,9 +10,9 @@ import ray
 import torch
 
 from service import janitor
-from service.broker import call
 from service.cluster import Where, cluster
 from service.gangs import GangPool
+from service.trials import call
 from tests.gang_desk import RESOURCES, Desk, assert_same_bits, open_pool, until, workers
 from trainer.codec import dump
 from trainer.data.shards import Dataset

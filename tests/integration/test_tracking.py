@@ -277,6 +277,59 @@ def test_sweep_whose_process_is_gone_is_closed_and_goes_on_in_the_same_runs(
     assert all(runs[key].info.run_id == run.info.run_id for key, run in lost_runs.items())
 
 
+@pytest.mark.parametrize(
+    ("state", "status"), [("cancelled", "KILLED"), ("stopped", "KILLED"), ("failed", "FAILED")]
+)
+def test_no_run_is_left_open_by_a_sweep_that_ended_before_its_trainings(
+    store: Path, client: Any, state: str, status: str
+) -> None:
+    sweep = small(store, f"{state}-1")
+    point = sweep.train_points()[0]
+    with sweep.open() as ledger:
+        sweep.start(ledger)
+        training = sweep.begin(ledger, point)
+        sweep.finish(ledger, state)
+    closed = runs_of(client, project(store, sweep.sweep_id))
+    projector = Projector(sweep.paths, sweep.sweep_id, uri_of(store))
+    with sweep.open() as ledger:
+        sweep.start(ledger)
+        sweep.begin(ledger, point)
+        projector.step()
+        going_on = runs_of(client, projector.projection())
+
+    assert {key: run.info.status for key, run in closed.items()} == {
+        training: status,
+        sweep.sweep_id: status,
+    }
+    assert {run.info.status for run in going_on.values()} == {"RUNNING"}
+    assert {key: run.info.run_id for key, run in going_on.items()} == {
+        key: run.info.run_id for key, run in closed.items()
+    }
+
+
+def test_a_lost_sweep_that_is_written_twice_has_what_its_ledger_has_and_no_open_run(
+    store: Path, client: Any
+) -> None:
+    sweep = small(store, "left-1")
+    first = sweep.train_points()[0]
+    with sweep.open() as ledger:
+        sweep.start(ledger)
+        sweep.train(ledger, first)
+        final = sweep.score(ledger, sweep.final_points(first)[0])
+        sweep.begin(ledger, first)  # its bank is gone: trained again, and lost meanwhile
+        told = {"left-1", *ledger.view.trainings, final}
+    once = contents(client, project(store, "left-1"))
+    sweep.paths.sweep("left-1").tracking.unlink()
+
+    projection = project(store, "left-1")
+
+    assert contents(client, projection) == once
+    left = runs_of(client, projection)
+    assert set(left) == told
+    assert left.pop("left-1").info.status == "KILLED"
+    assert {run.info.status for run in left.values()} == {"FINISHED"}
+
+
 def test_failed_final_that_is_tried_again_keeps_its_run(store: Path, client: Any) -> None:
     sweep = small(store, "again-1")
     point = sweep.train_points()[0]
@@ -319,8 +372,7 @@ def test_view_that_mlflow_refuses_costs_only_the_view(
         ledger.append(
             "sweep_started", **{k: started[k] for k in started if k not in ("seq", "event")}
         )
-
-    projection = project(store, "wide-1")
+        projection = project(store, "wide-1")
 
     assert "saved view is not written" in caplog.text
     assert client.get_run(projection.parent_run_id).info.status == "RUNNING"
