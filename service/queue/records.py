@@ -88,7 +88,11 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class SweepRecord:
-    """A row of the queue. `seq` is its place by submission; attempt 0 has never been started."""
+    """A row of the queue. `seq` is its place by submission; attempt 0 has never been started.
+
+    Lists are read without plans: `plan` is empty there, and whole in what `submit`, `get`, `find`
+    and `ask` return.
+    """
 
     seq: int
     sweep_id: str
@@ -112,7 +116,9 @@ class SweepRecord:
     gangs_held: int
     submitted_at: float
     started_at: float | None
+    """When its first attempt started."""
     ended_at: float | None
+    """When it ended; None again once it is resumed."""
     summary: Summary = field(default_factory=Summary)
 
 
@@ -132,7 +138,7 @@ class QueueEvent:
 @dataclass(frozen=True, slots=True)
 class Quota:
     """What a user may hold and spend; None is no limit. GPU-hours count workers, as budgets do,
-    of the sweeps submitted in the last `window_days`."""
+    over the last `window_days`, by the hour in which the queue learned of them."""
 
     user: str
     max_gangs: int | None = None
