@@ -31,10 +31,22 @@ RAY_DRIVER: dict[str, str] = {
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # its records are thrown away
 }
 
+# What only the service needs: its tokens, webhooks and stores, whose addresses may hold passwords.
+_SECRET_PREFIXES = ("FAIRWAY_", "MLFLOW_TRACKING_", "PG")
+
 
 def hand_down(variables: dict[str, str]) -> None:
     """Set variables for the processes that this one will start."""
     os.environ.update(variables)
+
+
+def without_secrets() -> dict[str, str]:
+    """This process's variables, but for those that a sweep has no use for and must not see."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_SECRET_PREFIXES) and "DATABASE_URL" not in name
+    }
 
 
 def quiet_mlflow() -> None:
