@@ -6,8 +6,9 @@ Data goes to stdout, talk to stderr. Ray, torch and MLflow are imported by the v
 """
 
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,14 +20,17 @@ from service import (
     cli_doctor,
     cli_final,
     cli_models,
+    cli_remote,
     cli_results,
+    cli_serve,
     cli_verdicts,
     report,
 )
 from service.budget import seconds_per_step
 from service.catalogue_view import data_of, plan_document, recipe_rows
 from service.cli_options import HOME, Home, Output, Overrides, SweepFile, print_document, print_rows
-from service.cli_results import show_end, show_tracking, draw_report
+from service.cli_results import draw_report, show_end, show_tracking
+from service.control import INTERRUPTS, answer_signals
 from service.identity import inputs_of, sweep_id
 from service.ledger import SweepView, replay
 from service.paths import Paths
@@ -54,7 +58,11 @@ app.add_typer(cli_doctor.app)
 app.add_typer(cli_final.app)
 app.add_typer(cli_verdicts.app)
 app.add_typer(cli_verdicts.baseline_app, name="baseline")
+app.add_typer(cli_remote.app)
 app.add_typer(cli_results.app)
+app.add_typer(cli_serve.app)
+app.add_typer(cli_serve.token_app, name="token")
+app.add_typer(cli_serve.quota_app, name="quota")
 app.add_typer(cli_models.app)  # without a name: its verbs are verbs of `fairway`
 
 
@@ -118,9 +126,14 @@ def run(
             envvar="MLFLOW_TRACKING_URI", help="MLflow; default: a SQLite file in the home."
         ),
     ] = None,
+    no_tracking: Annotated[
+        bool,
+        typer.Option("--no-tracking", help="Leave MLflow to `fairway sync`, or to the service."),
+    ] = False,
     output: Output = "table",
 ) -> None:
     """Run a sweep in the foreground, or what is left of it: run again to go on."""
+    since = time.time()
     source, sweep = _load(sweep_file, overrides)
     paths = Paths(home)
     dataset = data_of(paths, sweep.data)
@@ -137,18 +150,23 @@ def run(
     for check in require_ready(sweep, paths, dataset, plan, is_local=address is None):
         talk.say("warning", check=check.line())
     site = Site(paths, dataset, Where(address, num_cpus))
-    setting = Setting(sweep, plan, inputs, source, site)
+    setting = Setting(sweep, plan, inputs, source, site, since)
     folder = paths.sweep(plan.sweep_id)
     uri = tracking_uri or default_uri(paths)
     after = replay(folder.ledger).events if folder.ledger.is_file() else 0
-    with _interruptible(), Follower(paths, plan.sweep_id, uri, after) as follower:
+    with _interruptible(plan.sweep_id), ExitStack() as stack:
+        follower = None
+        if not no_tracking:
+            follower = stack.enter_context(Follower(paths, plan.sweep_id, uri, after))
         view = run_sweep(setting, talk)
         draw_report(view, paths, talk)
         try:
-            follower.finish()
+            if follower is not None:
+                follower.finish()
         finally:
             show_end(view, paths, talk, output)
-            show_tracking(view, paths, talk, is_embedded=tracking_uri is None)
+            if follower is not None:
+                show_tracking(view, paths, talk, is_embedded=tracking_uri is None)
     _exit_by(view)
 
 
@@ -174,17 +192,22 @@ def schema(
 
 
 class Interrupted(FairwayError):
-    """Ctrl-C: what is finished is kept."""
+    """Ctrl-C, SIGTERM, or somebody's order: what is finished is kept."""
 
     exit_code = 130
 
+    def __init__(self, sweep: str, reason: object) -> None:
+        super().__init__(f"sweep {sweep}: {reason}; run the same command again to go on")
+
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def _interruptible(sweep: str) -> Iterator[None]:
+    answer_signals()
     try:
         yield
-    except KeyboardInterrupt as error:
-        raise Interrupted("interrupted; run the same command again to go on") from error
+    except INTERRUPTS as error:
+        reason = str(error) if isinstance(error, KeyboardInterrupt) else ""
+        raise Interrupted(sweep, reason or "interrupted") from error
 
 
 def _load(sweep_file: Path, overrides: list[str] | None) -> tuple[str, Any]:
@@ -197,6 +220,8 @@ def _load(sweep_file: Path, overrides: list[str] | None) -> tuple[str, Any]:
 def _exit_by(view: SweepView) -> None:
     codes = {State.SUCCEEDED: 0, State.INFEASIBLE: 3, State.ILLEGAL: 3}
     code = codes.get(view.state, 1)
+    if view.order is not None:
+        raise Interrupted(view.started["sweep_id"], view.reason)
     if view.state == State.STOPPED:
         raise BudgetError(
             f"sweep {view.started['sweep_id']}: {view.reason}; raise it and run the "

@@ -10,20 +10,37 @@ from rich.console import Console
 
 from service import report
 from service.cli_options import HOME, Home, Output, SweepRef, print_document
+from service.cli_remote import Server, Token, newest_or, show_status
+from service.client import Client
 from service.knobs import dead_knobs
 from service.labels import short_value
 from service.ledger import SweepView, is_held, replay
 from service.paths import Paths, find_sweep
 from service.states import State
 from service.talk import Talk
-from trainer.runtime.files import read_json
+from trainer.errors import UsageError
+from trainer.runtime.files import read_json, write_text
 
 app = typer.Typer()
 
 
 @app.command()
-def status(sweep: SweepRef = None, home: Home = HOME, output: Output = "table") -> None:
-    """Say how far a sweep is."""
+def status(
+    sweep: SweepRef = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it until it ends; the exit code is the sweep's.")
+    ] = False,
+    home: Home = HOME,
+    server: Server = None,
+    token: Token = None,
+    output: Output = "table",
+) -> None:
+    """Say how far a sweep is: one of this home, or of the service that is named."""
+    if server is not None:
+        show_status(sweep, server, token, output, is_watched=watch)
+        return
+    if watch:
+        raise UsageError("--watch: shows a sweep of a service; name it with --server")
     view = view_of(Paths(home), sweep)
     if output == "table":
         print_finals(view)
@@ -31,8 +48,18 @@ def status(sweep: SweepRef = None, home: Home = HOME, output: Output = "table") 
 
 
 @app.command()
-def best(sweep: SweepRef = None, home: Home = HOME, output: Output = "table") -> None:
+def best(
+    sweep: SweepRef = None,
+    home: Home = HOME,
+    server: Server = None,
+    token: Token = None,
+    output: Output = "table",
+) -> None:
     """Name the best final that is feasible and legal. Exit 3 if there is none."""
+    if server is not None:
+        with Client(server, token) as client:
+            print_document(client.best(newest_or(sweep, client)), output)
+        return
     paths = Paths(home)
     view = view_of(paths, sweep)
     run_ids = _tracking(paths, view).get("run_ids", {})
@@ -43,19 +70,70 @@ def best(sweep: SweepRef = None, home: Home = HOME, output: Output = "table") ->
 def report_command(
     sweep: SweepRef = None,
     home: Home = HOME,
-    output: Output = "table",
+    server: Server = None,
+    token: Token = None,
+    output: Annotated[
+        str,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="table|json|yaml|FILE.html",
+            help="How to print the finals, or where to write the report, one file.",
+        ),
+    ] = "table",
     open_page: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
 ) -> None:
-    """Draw the table and the plots of a sweep again."""
-    paths, talk = Paths(home), Talk()
-    view = view_of(paths, sweep)
+    """Draw the table and the plots of a sweep again, of this home or of the service named."""
+    file = _page_file(output)
+    if open_page and server is not None and file is None:
+        raise UsageError("--open: say where to write the service's report with -o FILE.html")
+    if server is not None:
+        with Client(server, token) as client:
+            page = _remote_report(newest_or(sweep, client), client, output, file)
+    else:
+        page = _local_report(sweep, Paths(home), output, file)
+    if open_page and page is not None:
+        webbrowser.open(page.resolve().as_uri())
+
+
+def _page_file(output: str) -> Path | None:
+    """The file that -o names, None where it names a way to print."""
+    if output in ("table", "json", "yaml"):
+        return None
+    file = Path(output)
+    if file.suffix.lower() != ".html" or file.is_dir():
+        raise UsageError(f"-o {output}: write table, json, yaml, or a file that ends in .html")
+    return file
+
+
+def _local_report(sweep: str | None, paths: Paths, output: str, file: Path | None) -> Path:
+    view, talk = view_of(paths, sweep), Talk()
+    if file is not None:
+        from service.report_page import report_html
+
+        return _write_page(file, report_html(view, paths))
     page = draw_report(view, paths, talk)
     if output == "table":
         print_finals(view)
     else:
         print_document(report.table_records(view), output)
-    if open_page:
-        webbrowser.open(page.resolve().as_uri())
+    return page
+
+
+def _remote_report(sweep: str, client: Client, output: str, file: Path | None) -> Path | None:
+    if file is not None:
+        return _write_page(file, client.report(sweep))
+    print_document([*client.finals(sweep)], output)
+    return None
+
+
+def _write_page(file: Path, page: str) -> Path:
+    try:
+        write_text(file, page)
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror}; name a file that can be written") from error
+    Talk().say("written", file=file)
+    return file
 
 
 @app.command()
@@ -93,7 +171,7 @@ def draw_report(view: SweepView, paths: Paths, talk: Talk) -> Path:
     """Write a sweep's report and say where; return the page."""
     from service.plots import write_report
 
-    files = write_report(view, paths.sweep(view.started["sweep_id"]).report)
+    files = write_report(view, paths.sweep(view.started["sweep_id"]).report, paths)
     for path in files.files():
         talk.say("written", file=path)
     return files.html

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from service.cli_options import HOME, Home, Output, SweepRef, print_document
+from service.cli_remote import Server, Token
+from service.client import Client
 from service.paths import Paths, find_sweep
 from trainer.codec import dump
 from trainer.errors import InfeasibleError, UsageError
@@ -43,21 +45,24 @@ def compare(
         list[str], typer.Argument(help=f"{_SIDE} The first is what the others are held against.")
     ],
     home: Home = HOME,
+    server: Server = None,
+    token: Token = None,
     output: Output = "table",
 ) -> None:
     """Set results side by side: mean, spread, gain over the first, interval and p."""
-    from service.sides import find_side
-    from service.verdicts import contrast, contrast_document, side_document
+    from service.sides import compare_sides
 
     if len(sides) < 2:
         raise UsageError("compare: give two sides or more, the old one first")
-    found = [find_side(Paths(home), ref) for ref in sides]
-    contrasts = [contrast_document(contrast(new, found[0])) for new in found[1:]]
-    documents = [side_document(sample) for sample in found]
-    if output == "table":
-        _print_sides(documents, contrasts)
+    if server is None:
+        document = compare_sides(Paths(home), sides)
     else:
-        print_document({"sides": documents, "contrasts": contrasts}, output)
+        with Client(server, token) as client:
+            document = client.compare(sides)
+    if output == "table":
+        _print_sides(document["sides"], document["contrasts"])
+    else:
+        print_document(document, output)
 
 
 @app.command()

@@ -27,7 +27,13 @@ from service.noise import noise_floor
 from service.paths import Paths, find_sweep
 from service.samples import Sample
 from service.specs import Gate
-from service.verdicts import decide, verdict_document
+from service.verdicts import (
+    contrast,
+    contrast_document,
+    decide,
+    side_document,
+    verdict_document,
+)
 from trainer.codec import dump
 from trainer.errors import UsageError
 
@@ -49,6 +55,15 @@ def find_side(paths: Paths, ref: str, not_sweep: str | None = None) -> Sample:
     if view.state.is_final():
         return sample
     return replace(sample, remarks=(*sample.remarks, f"the sweep is {view.state}, not finished"))
+
+
+def compare_sides(paths: Paths, refs: Sequence[str]) -> dict[str, Any]:
+    """Hold what the references name against the first of them, as plain data."""
+    found = [find_side(paths, ref) for ref in refs]
+    return {
+        "sides": [side_document(sample) for sample in found],
+        "contrasts": [contrast_document(contrast(new, found[0])) for new in found[1:]],
+    }
 
 
 def is_baseline(ref: str) -> bool:

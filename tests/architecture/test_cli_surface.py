@@ -15,8 +15,9 @@ baseline measure [SWEEP] --home -o/--output
 baseline plan SUBJECT --gain-nats --mode --min-gain-nats --alpha --power --paired --gpu-seconds \
 --usd-per-gpu-hour --home -o/--output
 baseline show BASELINE -o/--output
-best [SWEEP] --home -o/--output
-compare SIDES --home -o/--output
+best [SWEEP] --home --server --token -o/--output
+cancel SWEEP --server --token -o/--output
+compare SIDES --home --server --token -o/--output
 data fetch [VARIANT] --train-shards --holdout/--no-holdout --name --base-url --repo --home
 data ls --home -o/--output
 data prepare [SOURCES] --name --embedded --tokenizer --vocab-size --val-fraction \
@@ -27,16 +28,30 @@ fit BANK --cap -S --entry --recipe --data --train-tokens --tokens --tokenizer --
 --stride --variant --dtype --out --home -o/--output
 gate SUBJECT --against --mode --min-gain-nats --alpha --home -o/--output
 import FILE --recipe -o/--out -S
+logs SWEEP -f/--follow --source --server --token
+ls --state --owner --name --limit --server --token -o/--output
+pause SWEEP --server --token -o/--output
 plan SWEEP_FILE -S --step-seconds --home -o/--output
-quantize BANK -o/--out -S --entry --recipe --data --train-tokens --tokenizer --dtype --home --output
+quantize BANK -o/--out -S --entry --recipe --data --train-tokens --tokenizer --dtype --home \
+--output
+quota ls --home --database-url -o/--output
+quota set USER --gangs --gpu-hours --max-priority --window-days --home --database-url
 recipes [NAME] -o/--output
-report [SWEEP] --home -o/--output --open
-run SWEEP_FILE -S --home --num-cpus --address --tracking-uri -o/--output
+report [SWEEP] --home --server --token -o/--output --open
+resume SWEEP --server --token -o/--output
+run SWEEP_FILE -S --home --num-cpus --address --tracking-uri --no-tracking -o/--output
 schema [OF]
 score CHECKPOINT --data --tokens --tokenizer --limit --window --stride --variant --documents -S \
 --recipe --entry --dtype --workers --budget-seconds --home -o/--output
-status [SWEEP] --home -o/--output
+serve --home --host --port --database-url --cluster --gangs --num-cpus --tracking-uri --root \
+--allowed-host --webhook --webhook-secret-file --requests-per-second
+status [SWEEP] --watch --home --server --token -o/--output
+stop SWEEP --server --token -o/--output
+submit SWEEP_FILE -S --priority --key --dry-run --wait --server --token -o/--output
 sync [SWEEP] --home --tracking-uri
+token create USER --role --days --note --home --database-url
+token ls --home --database-url -o/--output
+token revoke TOKEN_ID --home --database-url
 validate SWEEP_FILE -S --home -o/--output
 """.splitlines()
 
