@@ -2,6 +2,7 @@
 # `make check` runs what reads the code without running it. CI runs the same targets.
 
 PYTHON ?= python3
+JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -43,8 +44,9 @@ $(STAMP): pyproject.toml constraints.txt
 sweep: $(STAMP) ## Run the shipped sweep on this machine's CPU, with a report and MLflow runs.
 	$(BIN)/fairway run quickstart
 
-test: $(STAMP) ## Run all tests; the last line is pytest's.
-	@$(BIN)/pytest -q
+# The long ones wait for processes more than they compute, and come first.
+test: $(STAMP) ## Run all tests, JOBS files at once; the last line is pytest's.
+	@$(BIN)/pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP) types ## Check format, lint, imports and types.
 	$(BIN)/ruff format --check .

@@ -9,7 +9,7 @@ opens. A broken line anywhere else is refused by number; a ledger never starts e
                        num_trunks num_trainings num_finals plan_cost facts
     waiting            reason: why no gang has started yet
     gang_started       gang workers nodes probe
-    trunk_finished     trunk states state reason cached steps_computed occupied_s
+    trunk_finished     trunk branch states state reason cached steps_computed occupied_s
     training_started   training point seed phase branch
     rung               training step val_bpb verdict reason
     training_finished  training point seed phase state reason cached tries occupied_s result

@@ -326,6 +326,7 @@ def trunk_found(store: Store, trunk: Trunk) -> Outcome | None:
         return None
     return {
         "trunk": trunk.id,
+        "branch": trunk.parent,
         "states": [state.id for state in trunk.states],
         "cached": True,
         "steps_computed": sum(result["steps_computed"] for result in results if result),

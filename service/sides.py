@@ -49,7 +49,7 @@ def find_side(paths: Paths, ref: str, not_sweep: str | None = None) -> Sample:
     if not _is_sweep_ref(paths, ref):
         return _final_side(paths, ref)
     view = replay(find_sweep(paths, ref).ledger)
-    if view.started.get("sweep_id") == not_sweep:
+    if not_sweep is not None and view.started.get("sweep_id") == not_sweep:
         raise UsageError(f"{ref}: that is the sweep itself; name another one or a baseline")
     sample = sample_of_sweep(view)
     if view.state.is_final():

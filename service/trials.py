@@ -101,6 +101,7 @@ def _trunk_outcome(
     results = [store.find("states", state) or {} for state in computed]
     return {
         "trunk": trunk["id"],
+        "branch": trunk["parent"],
         "states": [state for state, _ in trunk["states"]],
         "cached": cached,
         "steps_computed": sum(result["steps_computed"] for result in results),

@@ -52,7 +52,7 @@ def new_sweep(label: object = 0, **changes: Any) -> NewSweep:
         bundle=digest[:20],
         assignments=("train.iterations=20",),
         digest=digest,
-        plan={"trainings": [{"id": f"training-{label}"}]},
+        plan={"label": label, "trainings": 2, "finals": 16, "cap_bytes": 16_000_000},
     )
     return replace(new, **changes)
 

@@ -170,7 +170,10 @@ def listen(host: str, port: int) -> socket.socket:
     """Take a port, 0 for any that is free; UsageError where it cannot be had."""
     try:
         family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server((host, port), family=family, backlog=1024)
+        listener = socket.create_server((host, port), family=family, backlog=1024)
+        # Connections inherit it; without, an answer in two pieces waits 40 ms for the client's ACK.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
     except OSError as error:
         raise UsageError(
             f"{host}:{port} cannot be listened on ({error.strerror}); choose another --port"

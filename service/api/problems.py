@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from service.api.redaction import redact
 from service.queue.records import Conflict, Forbidden, UnknownSweep
-from trainer.errors import BackendError, FairwayError, InfeasibleError, UsageError
+from trainer.errors import BackendError, DataError, FairwayError, InfeasibleError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ def status_of(error: FairwayError) -> int:
         (InfeasibleError, 404),
         (Conflict, 409),
         (Forbidden, 403),
+        (DataError, 500),  # a file of ours is damaged: no fault of the caller's
         (UsageError, 422),
         (BackendError, 503),
     )

@@ -21,6 +21,7 @@ Question = Callable[[SweepView, Sequence[dict[str, Any]]], T]
 """Of a view and the events that it adds up from."""
 KEPT_ANSWERS = 512
 KEPT_PAGES = 4  # each about 5 MB
+KEPT_LISTS = 64  # each up to 150 kB
 
 
 class _Answer:
@@ -57,6 +58,7 @@ class Views:
         self._paths = paths
         self._answers = _Answers(KEPT_ANSWERS)
         self._pages = _Answers(KEPT_PAGES)
+        self._lists = _Answers(KEPT_LISTS)
 
     def ask(self, sweep_id: str, question: Question[T]) -> T:
         """Answer a question about a sweep, again only when its ledger has news."""
@@ -67,6 +69,15 @@ class Views:
                 events = tail.events()
                 answer.value = tail.ask(lambda view: question(view, events))
                 answer.of = len(events)
+            return answer.value
+
+    def listed(self, asked: Any, of: int, make: Callable[[], bytes]) -> bytes:
+        """A page of the list as it is sent, made again when the queue has a newer event than `of`,
+        which every change of a sweep writes."""
+        answer = self._lists.get(asked)
+        with answer.lock:
+            if answer.of != of:
+                answer.value, answer.of = make(), of
             return answer.value
 
     def detail(self, record: SweepRecord) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def first(db: Connection, statement: Select[Any]) -> SweepRecord | None:
 
 def insert(db: Connection, new: NewSweep, first_values: Mapping[str, Any], by: str) -> None:
     """Add a sweep to the end of the queue; `first_values` are the fields that it doesn't bring."""
-    row = {**_brought(new), **asdict(Summary()), **first_values}
+    row = {**_brought(new), **asdict(_planned(new)), **first_values}
     row |= {"sweep_id": new.sweep_id, "name": new.name, "recipe": new.recipe, "owner": by}
     made = schema.sweeps.insert().values(row).returning(schema.sweeps.c.seq)
     seq = db.execute(made).scalar_one()
@@ -98,6 +98,16 @@ def _brought(new: NewSweep) -> dict[str, Any]:
         "gangs": new.gangs,
         "priority": new.priority,
     }
+
+
+def _planned(new: NewSweep) -> Summary:
+    """How far a sweep is that has not begun."""
+    plan = new.plan
+    return Summary(
+        trainings_total=plan.get("trainings", 0),
+        finals_total=plan.get("finals", 0),
+        cap_bytes=plan.get("cap_bytes"),
+    )
 
 
 def _is(record: SweepRecord) -> Any:

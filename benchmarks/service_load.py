@@ -1,6 +1,6 @@
 """The service under load on loopback: reads of a long list, and many listeners of one sweep.
 
-    python benchmarks/service.py --out /tmp/service [--sweeps 1000] [--rate 200] [--seconds 30]
+    python benchmarks/service_load.py --out /tmp/service [--sweeps 1000] [--rate 200] [--seconds 30]
                                  [--listeners 100] [--events 300]
 
 Starts the real `fairway serve` on a fresh home with so many sweeps in its queue, each with a ledger
