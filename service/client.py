@@ -49,6 +49,11 @@ class Event:
     name: str
     data: Document
 
+    @property
+    def is_pause(self) -> bool:
+        """Whether it tells that its sweep has been paused."""
+        return self.name == "queue" and (self.data.get("facts") or {}).get("state") == "paused"
+
 
 class Client:
     """One service, as one user; a context manager. Not for several threads at once.
@@ -188,18 +193,25 @@ class Client:
 
     def wait(self, ref: str) -> Document:
         """Wait until a sweep has ended, or is paused, and return it."""
-        for event in self.events(ref):
-            if event.name == "queue" and event.data["facts"].get("state") == "paused":
-                break
+        for _ in self.events_until_rest(ref):
+            pass
         return self.sweep(ref)
+
+    def events_until_rest(self, ref: str) -> Iterator[Event]:
+        """A sweep's events, until it has ended or is paused: an earlier pause is one of them."""
+        for event in self.events(ref):
+            yield event
+            if event.is_pause and self.sweep(ref)["state"] == "paused":
+                return
 
     def _stream(self, path: str, after: str | None) -> Iterator[Event]:
         headers = {"Accept": "text/event-stream"}
         if after is not None:
             headers["Last-Event-ID"] = after
-        patience = httpx2.Timeout(30.0, read=SILENCE_S)
+        options: dict[str, Any] = {"headers": headers}
+        options["timeout"] = httpx2.Timeout(30.0, read=SILENCE_S)
         try:
-            with self._http.stream("GET", path, headers=headers, timeout=patience) as response:
+            with self._http.stream("GET", f"/{path}", **options) as response:
                 if response.is_error:
                     response.read()
                     raise self._refusal(response)
@@ -238,7 +250,7 @@ class Client:
         while True:
             wait_s: float | None = None
             try:
-                response = self._http.request(method, path, **options)
+                response = self._http.request(method, f"/{path}", **options)
                 if not response.is_error:
                     return response
                 failure = self._refusal(response)

@@ -33,17 +33,10 @@ _STYLES = {
 def watch(client: Client, ref: str, console: Console, talk: Talk) -> dict[str, Any]:
     """Show a sweep until it has ended or is paused; return it as it then stands."""
     if not console.is_terminal:
-        for event in client.events(ref):
+        for event in client.events_until_rest(ref):
             talk.say(event.data.get("event", event.name), **_facts(event))
-            if is_paused(event):
-                break
         return client.sweep(ref)
     return _live(client, ref, console)
-
-
-def is_paused(event: Event) -> bool:
-    """Whether an event tells that its sweep has been paused."""
-    return event.name == "queue" and (event.data.get("facts") or {}).get("state") == "paused"
 
 
 def _live(client: Client, ref: str, console: Console) -> dict[str, Any]:
@@ -86,10 +79,8 @@ class _Stream:
     def _read(self, client: Client, ref: str) -> None:
         try:
             with client:
-                for event in client.events(ref):
+                for _ in client.events_until_rest(ref):
                     self._has_news.set()
-                    if is_paused(event):
-                        break
         except FairwayError as error:
             self._error = error
         self._is_over = True
