@@ -13,16 +13,35 @@ from service.specs import Budget
 PHASES = ("search", "final", "confirm")
 
 
-def spent(view: SweepView, workers: int) -> dict[str, float]:
-    """Worker-seconds by phase that the ledger knows of: trainings and trunks hold `workers`
-    workers, a final one."""
+def spent(view: SweepView, workers: int, *, upto: int | None = None) -> dict[str, float]:
+    """Worker-seconds by phase that the ledger knows of, in its first `upto` events if told:
+    trainings and trunks hold `workers` workers, a final one."""
     seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
     for event in view.paid:
+        if upto is not None and event["seq"] > upto:
+            continue
         is_final = event["event"] in ("final_scored", "final_ranked")
         is_confirm = event.get("phase") == "confirm"
         phase = "confirm" if is_confirm else "final" if is_final else "search"
         seconds[phase] += event["occupied_s"] * (1 if is_final else workers)
     return seconds
+
+
+def spent_before(view: SweepView, num_events: int) -> float:
+    """Worker-seconds that were spent by a ledger's event of that number."""
+    return sum(spent(view, _workers(view), upto=num_events).values())
+
+
+def under_way(view: SweepView, now: float, after: int) -> float:
+    """Worker-seconds until `now` (Unix seconds) of the trainings that run, which are counted once
+    they end. Those started by event `after` were an earlier run's, and have died with it."""
+    began = [event["at"] for event in view.running.values() if event["seq"] > after]
+    return sum(max(0.0, now - at) for at in began) * _workers(view)
+
+
+def _workers(view: SweepView) -> int:
+    spec = view.started.get("spec") or {}
+    return (spec.get("resources") or {}).get("workers", 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ Data goes to stdout, talk to stderr. Ray, torch and MLflow are imported by the v
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,7 +42,7 @@ from service.states import State
 from service.sweep import load_sweep
 from service.talk import Talk
 from trainer.codec import json_schema
-from trainer.errors import BudgetError, FairwayError, InfeasibleError
+from trainer.errors import BudgetError, FairwayError, InfeasibleError, UsageError
 from trainer.runtime.environment import prepare_for_ray
 from trainer.specs.recipe import Recipe
 
@@ -130,6 +130,12 @@ def run(
         bool,
         typer.Option("--no-tracking", help="Leave MLflow to `fairway sync`, or to the service."),
     ] = False,
+    expect: Annotated[
+        str | None,
+        typer.Option(
+            "--expect", hidden=True, help="Refuse a sweep of another id: what the service queued."
+        ),
+    ] = None,
     output: Output = "table",
 ) -> None:
     """Run a sweep in the foreground, or what is left of it: run again to go on."""
@@ -139,6 +145,7 @@ def run(
     dataset = data_of(paths, sweep.data)
     inputs = inputs_of(dataset)
     plan = make_plan(sweep, inputs, source)  # finds every fault before Ray starts
+    _check_expected(plan.sweep_id, expect)
     prepare_for_ray()
     from service.cluster import Where
     from service.follower import Follower
@@ -154,10 +161,8 @@ def run(
     folder = paths.sweep(plan.sweep_id)
     uri = tracking_uri or default_uri(paths)
     after = replay(folder.ledger).events if folder.ledger.is_file() else 0
-    with _interruptible(plan.sweep_id), ExitStack() as stack:
-        follower = None
-        if not no_tracking:
-            follower = stack.enter_context(Follower(paths, plan.sweep_id, uri, after))
+    follows = nullcontext() if no_tracking else Follower(paths, plan.sweep_id, uri, after)
+    with _interruptible(plan.sweep_id), follows as follower:
         view = run_sweep(setting, talk)
         draw_report(view, paths, talk)
         try:
@@ -168,6 +173,15 @@ def run(
             if follower is not None:
                 show_tracking(view, paths, talk, is_embedded=tracking_uri is None)
     _exit_by(view)
+
+
+def _check_expected(sweep_id: str, expected: str | None) -> None:
+    """The service waits for the ledger of the sweep that it queued, and of no other."""
+    if expected not in (None, sweep_id):
+        raise UsageError(
+            f"this submission is sweep {sweep_id} by now (code, data or a recipe has changed); "
+            "submit it again"
+        )
 
 
 @app.command()

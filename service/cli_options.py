@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from trainer.codec import to_yaml
 
@@ -44,6 +45,7 @@ def print_rows(rows: list[dict[str, Any]], output: str) -> None:
         table.add_column(name, no_wrap=True)
     table.add_column(text, overflow="fold")
     for row in rows:
-        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
+        cells = (f"{v:,}" if isinstance(v, int) else str(v) for v in row.values())
+        table.add_row(*map(Text, cells))  # what somebody else wrote is no markup
     # One line a row into a pipe or a log.
     Console(width=None if sys.stdout.isatty() else 200).print(table)

@@ -77,10 +77,7 @@ def submit(
             _print_sweep(sweep, output)
             return
         Talk().say("submitted", sweep=sweep["id"], state=sweep["state"])
-        sweep = _watched(client, sweep["id"])
-        if output != "table":
-            print_document(sweep, output)
-        raise_end(sweep)
+        _watch_to_end(client, sweep["id"], output)
 
 
 @app.command("ls")
@@ -145,6 +142,21 @@ def cancel(
     _ask("cancel", sweep, server, token, output)
 
 
+def chosen_server(context: typer.Context, server: str | None) -> str | None:
+    """The service that is meant, None for the home: a --home on the command line says more than a
+    FAIRWAY_SERVER in the environment. UsageError where the command line names both."""
+
+    def is_typed(name: str) -> bool:
+        source = context.get_parameter_source(name)
+        return source is not None and source.name == "COMMANDLINE"
+
+    if server is None or not is_typed("home"):
+        return server
+    if is_typed("server"):
+        raise UsageError("--home and --server: a sweep is of one or of the other; give one")
+    return None
+
+
 def show_status(
     ref: str | None, server: str, token: str | None, output: str, *, is_watched: bool
 ) -> None:
@@ -152,7 +164,7 @@ def show_status(
     with _client(server, token) as client:
         ref = newest_or(ref, client)
         if is_watched:
-            raise_end(_watched(client, ref))
+            _watch_to_end(client, ref, output)
             return
         _print_sweep(client.sweep(ref), output)
 
@@ -196,9 +208,13 @@ def _ask(verb: str, ref: str, server: str | None, token: str | None, output: str
         print_document(sweep, output)
 
 
-def _watched(client: Client, ref: str) -> dict[str, Any]:
+def _watch_to_end(client: Client, ref: str, output: str) -> None:
+    """Show a sweep until it rests; then its document, where one is asked for, and its exit code."""
     with _detachable(ref):
-        return watch(client, ref, Console(), Talk())
+        sweep = watch(client, ref, Console(), Talk())
+    if output != "table":
+        print_document(sweep, output)
+    raise_end(sweep)
 
 
 @contextmanager

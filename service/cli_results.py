@@ -10,7 +10,7 @@ from rich.console import Console
 
 from service import report
 from service.cli_options import HOME, Home, Output, SweepRef, print_document
-from service.cli_remote import Server, Token, newest_or, show_status
+from service.cli_remote import Server, Token, chosen_server, newest_or, show_status
 from service.client import Client
 from service.knobs import dead_knobs
 from service.labels import short_value
@@ -26,6 +26,7 @@ app = typer.Typer()
 
 @app.command()
 def status(
+    context: typer.Context,
     sweep: SweepRef = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Show it until it ends; the exit code is the sweep's.")
@@ -36,6 +37,7 @@ def status(
     output: Output = "table",
 ) -> None:
     """Say how far a sweep is: one of this home, or of the service that is named."""
+    server = chosen_server(context, server)
     if server is not None:
         show_status(sweep, server, token, output, is_watched=watch)
         return
@@ -49,6 +51,7 @@ def status(
 
 @app.command()
 def best(
+    context: typer.Context,
     sweep: SweepRef = None,
     home: Home = HOME,
     server: Server = None,
@@ -56,6 +59,7 @@ def best(
     output: Output = "table",
 ) -> None:
     """Name the best final that is feasible and legal. Exit 3 if there is none."""
+    server = chosen_server(context, server)
     if server is not None:
         with Client(server, token) as client:
             print_document(client.best(newest_or(sweep, client)), output)
@@ -68,6 +72,7 @@ def best(
 
 @app.command("report")
 def report_command(
+    context: typer.Context,
     sweep: SweepRef = None,
     home: Home = HOME,
     server: Server = None,
@@ -85,6 +90,7 @@ def report_command(
 ) -> None:
     """Draw the table and the plots of a sweep again, of this home or of the service named."""
     file = _page_file(output)
+    server = chosen_server(context, server)
     if open_page and server is not None and file is None:
         raise UsageError("--open: say where to write the service's report with -o FILE.html")
     if server is not None:

@@ -67,7 +67,8 @@ def serve(
         list[str] | None, typer.Option(help="A further name of the service, as its proxy has it.")
     ] = None,
     webhook: Annotated[
-        list[str] | None, typer.Option(help="A URL to be told of new bests and ends.")
+        list[str] | None,
+        typer.Option(envvar="FAIRWAY_WEBHOOK", help="A URL to be told of new bests and ends."),
     ] = None,
     webhook_secret_file: Annotated[
         Path | None, typer.Option(help="A file with the secret that signs what is told.")
@@ -179,7 +180,7 @@ def revoke_token(
     home: Home = HOME,
     database_url: DatabaseUrl = None,
 ) -> None:
-    """Let a token open nothing any more, within a second."""
+    """Let a token open nothing any more, within a second; streams that it opened end within 15."""
     with _database(home, database_url) as engine:
         from service.queue.queue import Queue
         from service.queue.tokens import Tokens

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from service.cli_options import HOME, Home, Output, SweepRef, print_document
-from service.cli_remote import Server, Token
+from service.cli_remote import Server, Token, chosen_server
 from service.client import Client
 from service.paths import Paths, find_sweep
 from trainer.codec import dump
@@ -41,6 +41,7 @@ _SIDE += "a baseline's name or file."
 
 @app.command()
 def compare(
+    context: typer.Context,
     sides: Annotated[
         list[str], typer.Argument(help=f"{_SIDE} The first is what the others are held against.")
     ],
@@ -54,6 +55,7 @@ def compare(
 
     if len(sides) < 2:
         raise UsageError("compare: give two sides or more, the old one first")
+    server = chosen_server(context, server)
     if server is None:
         document = compare_sides(Paths(home), sides)
     else:

@@ -33,6 +33,9 @@ DEFAULT_SERVER = "http://127.0.0.1:7878"
 TRIES = 5
 PASSING = frozenset({429, 502, 503, 504})
 MAX_PAUSE_S = 15.0
+PLANNING_S = 75.0  # what the service may take to plan a submission, and some
+FOLLOW_S = 600.0  # how long a service that was there may be away from who follows a sweep
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SILENCE_S = 45.0  # three of the service's keep-alives: a stream so long silent is dead
 INFEASIBLE = "urn:fairway:infeasible"
 Document = dict[str, Any]
@@ -65,24 +68,22 @@ class Client:
     def __init__(
         self, server: str = DEFAULT_SERVER, token: str | None = None, *, timeout_s: float = 30.0
     ) -> None:
-        self.server = server.rstrip("/")
+        address = _address(server)
+        is_near = address.host in LOOPBACK
+        self.server = str(address).rstrip("/")
         self._token, self._timeout_s = token, timeout_s
         # A token on an open wire is everybody's; on this machine there is no wire.
-        if token and self.server.startswith("http://") and not _is_loopback(self.server):
+        if token and address.scheme == "http" and not is_near:
             raise UsageError(
                 f"{self.server}: the token would travel in clear; use https, or a tunnel to "
                 "loopback"
             )
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        try:
-            self._http = httpx2.Client(
-                base_url=f"{self.server}/api/v1/",
-                headers=headers,
-                timeout=timeout_s,
-                trust_env=not _is_loopback(self.server),  # no proxy stands before loopback
-            )
-        except httpx2.InvalidURL as error:
-            raise UsageError(f"{server!r} is not the address of a service: {error}") from error
+        self._http = httpx2.Client(
+            base_url=f"{self.server}/api/v1/",
+            headers={"Authorization": f"Bearer {_checked(token)}"} if token else {},
+            timeout=timeout_s,
+            trust_env=not is_near,  # no proxy stands before loopback
+        )
 
     def __enter__(self) -> "Client":
         return self
@@ -120,11 +121,12 @@ class Client:
         """
         body = {**_body(sweep, assignments), "priority": priority}
         headers = {"Idempotency-Key": key or uuid.uuid4().hex}
-        return self._json("POST", "sweeps", json=body, headers=headers)
+        return self._json("POST", "sweeps", json=body, headers=headers, timeout=PLANNING_S)
 
     def validate(self, sweep: Sweep, assignments: Sequence[str] = ()) -> Document:
         """What a submission would run and cost; nothing is queued."""
-        return self._json("POST", "sweeps:validate", json=_body(sweep, assignments))
+        body = _body(sweep, assignments)
+        return self._json("POST", "sweeps:validate", json=body, timeout=PLANNING_S)
 
     def sweeps(self, **filters: Any) -> Iterator[Document]:
         """The sweeps, the newest first; filters: state, owner, name."""
@@ -142,9 +144,9 @@ class Client:
         """A sweep's trainings."""
         return self._pages(f"sweeps/{_segment(ref)}/trainings", {})
 
-    def finals(self, ref: str) -> Iterator[Document]:
-        """A sweep's finals, the best first."""
-        return self._pages(f"sweeps/{_segment(ref)}/finals", {})
+    def finals(self, ref: str, *, per_page: int = 200) -> Iterator[Document]:
+        """A sweep's finals, the best first; `per_page` are asked for at once."""
+        return self._pages(f"sweeps/{_segment(ref)}/finals", {}, per_page)
 
     def best(self, ref: str) -> Document:
         """The best feasible, legal final; InfeasibleError where there is none."""
@@ -160,10 +162,10 @@ class Client:
 
     def logs(self, ref: str, source: str = "driver", *, follow: bool = False) -> Iterator[str]:
         """The text of a log as it is; with `follow` also what is added, until the sweep ends."""
-        offset = 0
+        path, offset = f"sweeps/{self._id(ref)}/logs", 0
         while True:
             asked = {"source": source, "offset": offset}
-            part = self._json("GET", f"sweeps/{_segment(ref)}/logs", params=asked)
+            part = self._json("GET", path, is_followed=follow, params=asked)
             if part["text"]:
                 yield part["text"]
             is_at_end = part["next_offset"] == offset
@@ -176,33 +178,39 @@ class Client:
     def events(self, ref: str, after: str | None = None) -> Iterator[Event]:
         """Everything that happens to a sweep, each once and in order, until it has ended; `after`
         goes on behind an event's id. A broken stream is taken up again where it broke."""
-        failures = 0
+        path, failures, since = f"sweeps/{self._id(ref)}/events", 0, time.monotonic()
         while True:
             try:
-                for event in self._stream(f"sweeps/{_segment(ref)}/events", after):
-                    failures, after = 0, event.id or after
+                for event in self._stream(path, after):
+                    failures, since, after = 0, time.monotonic(), event.id or after
                     yield event
                     if event.name == "end":
                         return
                 raise BackendError(f"{self.server}: the stream ended early")
             except BackendError:
                 failures += 1
-                if failures >= TRIES:
+                if time.monotonic() - since > FOLLOW_S:
                     raise
                 _pause(failures)
 
     def wait(self, ref: str) -> Document:
         """Wait until a sweep has ended, or is paused, and return it."""
+        ref = self._id(ref)
         for _ in self.events_until_rest(ref):
             pass
         return self.sweep(ref)
 
     def events_until_rest(self, ref: str) -> Iterator[Event]:
         """A sweep's events, until it has ended or is paused: an earlier pause is one of them."""
+        ref = self._id(ref)
         for event in self.events(ref):
             yield event
             if event.is_pause and self.sweep(ref)["state"] == "paused":
                 return
+
+    def _id(self, ref: str) -> str:
+        """The id of what a name means now: a newer sweep of that name is another one."""
+        return self.sweep(ref)["id"]
 
     def _stream(self, path: str, after: str | None) -> Iterator[Event]:
         headers = {"Accept": "text/event-stream"}
@@ -212,7 +220,7 @@ class Client:
         options["timeout"] = httpx2.Timeout(30.0, read=SILENCE_S)
         try:
             with self._http.stream("GET", f"/{path}", **options) as response:
-                if response.is_error:
+                if not response.is_success:
                     response.read()
                     raise self._refusal(response)
                 for message in httpx2.EventSource(response):
@@ -221,22 +229,23 @@ class Client:
         except (httpx2.HTTPError, httpx2.SSEError, httpx2.StreamError) as error:
             raise self._unreachable(error) from error
 
-    def _pages(self, path: str, filters: Mapping[str, Any]) -> Iterator[Document]:
-        asked = {name: value for name, value in filters.items() if value}
+    def _pages(
+        self, path: str, filters: Mapping[str, Any], per_page: int = 200
+    ) -> Iterator[Document]:
+        asked = {name: value for name, value in filters.items() if value} | {"limit": per_page}
         cursor = None
         while True:
-            page = self._json(
-                "GET",
-                path,
-                params={**asked, "limit": 200, **({"cursor": cursor} if cursor else {})},
-            )
+            place = {"cursor": cursor} if cursor else {}
+            page = self._json("GET", path, params={**asked, **place})
             yield from page["items"]
             cursor = page["next_cursor"]
             if cursor is None:
                 return
 
-    def _json(self, method: str, path: str, **options: Any) -> Document:
-        response = self._answer(method, path, **options)
+    def _json(
+        self, method: str, path: str, *, is_followed: bool = False, **options: Any
+    ) -> Document:
+        response = self._answer(method, path, is_followed=is_followed, **options)
         try:
             return response.json()
         except ValueError as error:
@@ -244,14 +253,17 @@ class Client:
                 f"{self.server}: the answer to {path} is not JSON; is a Fairway service there?"
             ) from error
 
-    def _answer(self, method: str, path: str, **options: Any) -> httpx2.Response:
-        """Ask until there is an answer, at most TRIES times. Whatever is asked may be repeated."""
-        failures = 0
+    def _answer(
+        self, method: str, path: str, *, is_followed: bool = False, **options: Any
+    ) -> httpx2.Response:
+        """Ask until there is an answer, at most TRIES times, or for FOLLOW_S where a sweep is
+        followed. Whatever is asked may be repeated."""
+        failures, since = 0, time.monotonic()
         while True:
             wait_s: float | None = None
             try:
                 response = self._http.request(method, f"/{path}", **options)
-                if not response.is_error:
+                if response.is_success:
                     return response
                 failure = self._refusal(response)
                 if response.status_code not in PASSING:
@@ -262,12 +274,16 @@ class Client:
                 if isinstance(error, httpx2.ConnectError):
                     failures = max(failures, TRIES - 2)  # nobody there: one more try will do
             failures += 1
-            if failures >= TRIES:
+            is_patient = is_followed and time.monotonic() - since < FOLLOW_S
+            if failures >= TRIES and not is_patient:
                 raise failure
             _pause(failures, wait_s)
 
     def _refusal(self, response: httpx2.Response) -> FairwayError:
         """What the service says against it, as the error that it is to a user."""
+        if response.is_redirect:
+            there = response.headers.get("Location", "elsewhere")
+            return UsageError(f"{self.server}: has moved to {there[:200]}; name that address")
         try:
             problem = response.json()
             detail = str(problem["detail"])
@@ -305,8 +321,21 @@ def _segment(ref: str) -> str:
     return ref
 
 
-def _is_loopback(server: str) -> bool:
-    return httpx2.URL(server).host in ("127.0.0.1", "localhost", "::1")
+def _address(server: str) -> httpx2.URL:
+    try:
+        address = httpx2.URL(server)
+    except httpx2.InvalidURL as error:
+        raise UsageError(f"{server!r} is not the address of a service: {error}") from error
+    if address.scheme not in ("http", "https") or not address.host:
+        raise UsageError(f"{server!r} is not the address of a service; write https://HOST[:PORT]")
+    return address
+
+
+def _checked(token: str) -> str:
+    """A token that can be sent; one that cannot is not shown, it may be a good one with a typo."""
+    if not all("!" <= char <= "~" for char in token):
+        raise UsageError("FAIRWAY_TOKEN or --token holds a space, a line break or another sign")
+    return token
 
 
 def _retry_after_s(response: httpx2.Response) -> float | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from service.confirmed import key_of
+from service.confirmed import counts, key_of
 from service.figures import (
     BPB_TITLE,
     GRID,
@@ -161,10 +161,10 @@ def forecast_figure(finals: Finals, pairs: Sequence[tuple[dict[str, Any], int, i
     line = {"color": QUIET, "width": 1.2, "dash": "dash"}
     figure.add_scatter(x=ends, y=ends, mode="lines", line=line, name="equal", hoverinfo="skip")
     for label, is_fit, marker in (
-        ("within the limits", True, dot(MAIN, is_large=len(pairs) <= 80)),
-        ("over a limit", False, hollow()),
+        ("feasible and legal", True, dot(MAIN, is_large=len(pairs) <= 80)),
+        ("does not count", False, hollow()),
     ):
-        held = [pair for pair in pairs if (pair[0]["state"] == State.SUCCEEDED) == is_fit]
+        held = [pair for pair in pairs if counts(finals.view, pair[0]) == is_fit]
         errors = [
             f"forecast {forecast:,} bytes, {(forecast - real) / real:+.2%}"
             for _, forecast, real in held

@@ -8,6 +8,7 @@ dragging; slices and importances are bars and dots.
 import html
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -101,7 +102,8 @@ def _add_slice(figure: go.Figure, finals: Finals, path: str, place: int) -> None
     numbers = {event["final"]: number for number, event in enumerate(finals.events())}
     values = {event["final"]: event["point"][path] for event in events}
     is_range = _is_range(list(values.values()))
-    shown = values if is_range else {k: html.escape(short_value(v)) for k, v in values.items()}
+    levels = [] if is_range else _in_order(values.values())
+    shown = values if is_range else {k: levels.index(v) for k, v in values.items()}
     for is_fit in (False, True):
         held = [e for e in events if counts(finals.view, e) == is_fit]
         places = [numbers[event["final"]] for event in held]
@@ -114,11 +116,9 @@ def _add_slice(figure: go.Figure, finals: Finals, path: str, place: int) -> None
         )  # fmt: skip
     axis: dict[str, Any] = {"type": "log" if _is_log(finals, path) else "linear"}
     if not is_range:
-        texts = [short_value(value) for value in _in_order(values.values())]
-        levels = [html.escape(text) for text in texts]
-        axis = {"type": "category", "categoryorder": "array", "categoryarray": levels}
-        axis |= {"range": [-0.5, len(levels) - 0.5]}
-        axis |= {"tickvals": levels, "ticktext": [shortened(text) for text in texts]}
+        axis = {"type": "linear", "range": [-0.5, len(levels) - 0.5], "zeroline": False}
+        axis |= {"tickvals": [*range(len(levels))]}
+        axis |= {"ticktext": [shortened(text) for text in _level_texts(levels)]}
         _add_medians(figure, [e for e in events if counts(finals.view, e)], shown, place)
     figure.update_xaxes(title=shown_names(finals.view)[path], col=place, **axis)
 
@@ -126,7 +126,7 @@ def _add_slice(figure: go.Figure, finals: Finals, path: str, place: int) -> None
 def _add_medians(
     figure: go.Figure, events: Sequence[dict[str, Any]], shown: dict[str, Any], place: int
 ) -> None:
-    scores: dict[str, list[float]] = {}
+    scores: dict[int, list[float]] = {}
     for event in events:
         scores.setdefault(shown[event["final"]], []).append(bpb_of(event))
     marker = {"symbol": "line-ew", "size": 22, "line": {"width": 2.5, "color": COLOURS[5]}}
@@ -146,6 +146,12 @@ def _is_range(values: Sequence[Any]) -> bool:
 def _in_order(values: Iterable[Any]) -> list[Any]:
     """Different values: numbers by size, then texts."""
     return sorted(set(values), key=lambda v: (isinstance(v, str), v))
+
+
+def _level_texts(levels: Sequence[Any]) -> list[str]:
+    """What different values are called: in full where the short text of two is the same."""
+    taken = Counter(short_value(level) for level in levels)
+    return [short_value(v) if taken[short_value(v)] == 1 else repr(v) for v in levels]
 
 
 def importance_figure(finals: Finals, shares: dict[str, float]) -> go.Figure:
@@ -172,8 +178,8 @@ def importance_figure(finals: Finals, shares: dict[str, float]) -> go.Figure:
 
 
 def edf_figure(finals: Finals) -> tuple[go.Figure | None, str]:
-    """The share of finals that are as good as a bpb or better, and by what they are told apart.
-    None where the search has scored none."""
+    """The share of the finals that count that are as good as a bpb or better, and by what they are
+    told apart. None where none of the search counts."""
     name, groups = _edf_groups(finals)
     view = finals.view
     if not any(rows for _, _, rows in groups):
@@ -195,10 +201,11 @@ def edf_figure(finals: Finals) -> tuple[go.Figure | None, str]:
 
 
 def _edf_groups(finals: Finals) -> tuple[str, list[tuple[str, str, list[Row]]]]:
-    """The search's finals by seed where it has several, else by the train knob that explains
-    most. What only confirms is left out: those points were chosen."""
+    """The search's finals that count by seed where it has several, else by the train knob that
+    explains most. What only confirms is left out: those points were chosen."""
     view = finals.view
-    rows = [row for row in finals.rows if is_of_search(view, view.finals[row.final])]
+    events = [(row, view.finals[row.final]) for row in finals.rows]
+    rows = [row for row, e in events if counts(view, e) and is_of_search(view, e)]
     seeds = sorted({row.seed for row in rows})
     if len(seeds) > 1:
         return "seed", [
@@ -293,8 +300,8 @@ def _dimension(name: str, values: Sequence[Any], *, is_log: bool) -> dict[str, A
     levels = _in_order(given)
     has_absent = len(given) < len(values)
     if not _is_range(given):
-        labels = [ABSENT] * has_absent + [short_value(level) for level in levels]
-        places = [labels.index(ABSENT if v is None else short_value(v)) for v in values]
+        labels = [ABSENT] * has_absent + _level_texts(levels)
+        places = [0 if v is None else levels.index(v) + has_absent for v in values]
         return _axis(name, places, [*range(len(labels))], labels)
     scale, back = (math.log10, lambda x: 10.0**x) if is_log else (float, float)
     low, high = scale(levels[0]), scale(levels[-1])

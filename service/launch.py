@@ -72,7 +72,7 @@ class Launcher:
         self.orders = orders
         self.obeyed: Order | None = None
         self._passed_on: Order | None = None
-        """The order that the gangs have been told of."""
+        """The order that the gangs have been told of; it was obeyed before they were."""
         self.refusals: list[str] = []
         self._is_refused = False
         self._admitted: dict[str, float] = {}
@@ -131,7 +131,7 @@ class Launcher:
             GangPool(spec.resources, gangs, spec.limits.infra_retries, judge, ray_storage) as pool,
         ):
             try:
-                with pumping(lambda: self._attend(pool)):
+                with pumping(lambda: self.attend(pool)):
                     self._run(
                         self.site.work.train,
                         lambda: self._job(stages, lambda stage: self._training_job(stage, pool)),
@@ -295,7 +295,7 @@ class Launcher:
             self._refuse(order.reason)
         self.obeyed = order
 
-    def _attend(self, pool: GangPool) -> None:
+    def attend(self, pool: GangPool) -> None:
         """Record what the gangs say; stop them where somebody says so or the budget is used up."""
         try:
             for event in pool.events():
@@ -307,10 +307,10 @@ class Launcher:
                 f"the gangs' broker is gone ({last_line(error)}); run again"
             ) from error
         order = self.orders.now()
-        if order is not None and order != self._passed_on:
+        # Gangs told before anything runs would refuse, unobeyed, what Tune is still starting.
+        if order is not None and order != self._passed_on and self.recorder.view.running:
             self._passed_on = order
-            if self.recorder.view.running:
-                self._obey(order)
+            self._obey(order)
             # A cancellation comes as an interrupt of the main thread.
             (pool.stop if order.want == "pause" else pool.drain)(order.reason)
         if self._account is None or not self._running_s or self._is_refused:
@@ -333,7 +333,7 @@ class Launcher:
             pool.stop(reason)
             while pool.running() and time.monotonic() < deadline:
                 time.sleep(0.1)
-            self._attend(pool)
+            self.attend(pool)
         for key, seconds in self._running_s.items():
             self.recorder.paid.setdefault(key, {"tries": 1, "occupied_s": seconds})
         for key, event in list(self.recorder.view.running.items()):

@@ -2,10 +2,9 @@
 
     ledger -notices_of-> notices -Deliveries-> a row for each webhook -post-> the receiver
 
-A notice follows from a ledger's events alone and has a key of its own, so a service that starts
-again derives the same ones; rows and the cursor that says up to which event they are made are
-written in one transaction. A row is tried, with pauses that grow, until the receiver answers 2xx
-or the notice is a day old.
+A notice follows from a ledger's events, or the queue's where a sweep ended without a word in its
+ledger. It has a key of its own, so a service that starts again derives the same ones. A row is
+tried, with pauses that grow, until the receiver answers 2xx or the notice is a day old.
 
 A receiver gets each notice once by its `Fairway-Delivery`: a service that dies after the answer
 and before it has noted it posts the notice again, with the same id and the same body, which the
@@ -33,16 +32,19 @@ import httpx2
 
 from service.budget import Account, spent
 from service.confirmed import confirmed_document, counts
+from service.ends import QueueEnds
 from service.labels import run_name
 from service.ledger import SweepView, last_event
 from service.paths import Paths
 from service.queue.deliveries import Deliveries, Delivery
+from service.queue.queue import Queue
+from service.queue.records import QueueEvent
 from service.report import best, status_document
 from service.specs import Budget
 from service.states import State
-from service.tails import Tails
+from service.tails import LedgerTail, Tails
 from trainer.codec import parse
-from trainer.errors import BackendError
+from trainer.errors import BackendError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ MAX_PAUSE_S = 3_600.0
 GIVE_UP_S = 86_400.0
 """Age at which a notice is of no use any more: older ones are neither made nor tried again."""
 _MOST_ROWS = 1_000  # of one webhook that are looked at together
+_OF_QUEUE = ""  # whose cursor is the queue's: no sweep has this id
 _KEEP = 64  # ledgers that stay folded
 
 
@@ -155,14 +158,28 @@ def _illegal(view: SweepView, event: dict[str, Any]) -> Notice:
 
 
 def _done(view: SweepView, event: dict[str, Any]) -> Notice:
-    status = status_document(view)
-    words = str(view.state) + (f": {view.reason}" if view.reason else "")
+    key = f"done:{event['seq']}:{event['at']}"
+    return _ended(view.started["sweep_id"], key, event["at"], status_document(view))
+
+
+def _done_by_queue(tail: LedgerTail, end: QueueEvent) -> Notice:
+    """The end of a sweep whose ledger does not tell of it, with what the ledger has."""
+    try:
+        status = tail.ask(status_document)
+    except (DataError, OSError):  # which may be why it ended
+        status = status_document(SweepView())
+    status |= {"state": end.facts["state"], "reason": end.facts["reason"]}
+    return _ended(end.sweep_id, f"done:queue:{end.id}", end.at, status)
+
+
+def _ended(sweep: str, key: str, at: float, status: dict[str, Any]) -> Notice:
+    words = status["state"] + (f": {status['reason']}" if status["reason"] else "")
     if status["best"] is not None:
         top = status["best"]
         words += f"; best {top['val_bpb']:.4f} bpb in {top['artifact_bytes']:,} bytes"
     kept = ("state", "reason", "trainings", "finals", "worker_seconds", "gpu_seconds", "usd")
     facts = {key: status[key] for key in (*kept, "best", "confirmed")}
-    return _notice(view, event, f"done:{event['seq']}:{event['at']}", "done", words, facts)
+    return Notice(key, "done", sweep, at, f"{sweep}: {words}", facts)
 
 
 def _of_budget(view: SweepView, event: dict[str, Any], told: Told) -> tuple[list[Notice], Told]:
@@ -244,6 +261,7 @@ class Notices:
     def __init__(
         self,
         paths: Paths,
+        queue: Queue,
         deliveries: Deliveries,
         tails: Tails,
         webhooks: Sequence[str],
@@ -251,6 +269,7 @@ class Notices:
     ) -> None:
         self._paths, self._deliveries, self._tails = paths, deliveries, tails
         self._webhooks = [Webhook(url, secret) for url in dict.fromkeys(webhooks)]
+        self._ends = QueueEnds(queue, tails)
         self._sizes: dict[str, int] = {}
         self._folds: OrderedDict[str, _Fold] = OrderedDict()
         self._has_cleared = False
@@ -266,8 +285,6 @@ class Notices:
     def run_forever(self, stop: threading.Event) -> None:
         """Do so until told to stop, with a thread for each webhook. An answer that is awaited then
         is not waited for: the notice is posted again at the next start."""
-        if not self._webhooks:
-            return
         for webhook in self._webhooks:
             work = (stop, lambda webhook=webhook: self.post_due(webhook, stop))
             threading.Thread(target=_repeat, args=work, daemon=True).start()
@@ -279,6 +296,10 @@ class Notices:
         if not self._has_cleared:
             self._clear()
             self._has_cleared = True
+        if not self._webhooks:
+            return
+        seen = self._deliveries.seen(_OF_QUEUE)
+        ends, upto = self._ends.after(seen)  # before the ledgers, whose notices come first
         for path in self._paths.sweeps.glob("*/events.jsonl"):
             sweep_id = path.parent.name
             with suppress(FileNotFoundError):  # deleted meanwhile
@@ -286,6 +307,18 @@ class Notices:
                 if size != self._sizes.get(sweep_id):
                     self._take_in(sweep_id, path, is_shorter=size < self._sizes.get(sweep_id, 0))
                     self._sizes[sweep_id] = size
+        for end in ends:
+            self._take_in_end(end)
+        if upto > seen:
+            self._deliveries.add_all(_OF_QUEUE, upto, [])
+
+    def _take_in_end(self, end: QueueEvent) -> None:
+        """Make the notice of an end that the ledger does not tell of."""
+        if end.at < time.time() - GIVE_UP_S or self._ends.is_in_ledger(end):
+            return
+        notice = _done_by_queue(self._tails.of(end.sweep_id), end)
+        for webhook in self._webhooks:
+            self._deliveries.add(end.sweep_id, *webhook.row(notice))
 
     def _take_in(self, sweep_id: str, path: Path, *, is_shorter: bool) -> None:
         # Kept again only if all goes well: its notices are then in the database.
@@ -326,37 +359,34 @@ class Notices:
 
     def _clear(self) -> None:
         """Give up what waits for a webhook that is no longer in the settings."""
-        starts = tuple(webhook.key_start for webhook in self._webhooks)
-        for row in self._deliveries.due(math.inf, _MOST_ROWS):
-            if not row.key.startswith(starts):
-                self._deliveries.failed(row.id, "its webhook is not in the settings", None)
-                logger.warning("%s: %s: given up: its webhook is gone", row.sweep_id, row.kind)
+        starts = [webhook.key_start for webhook in self._webhooks]
+        reason = "its webhook is not in the settings"
+        if num := self._deliveries.give_up_others(starts, reason):
+            logger.warning("notices: %d given up: %s", num, reason)
 
     def post_due(self, webhook: Webhook, stop: threading.Event) -> None:
         """Try what is due of one webhook; of each sweep nothing before what came earlier."""
-        waiting: set[str] = set()
-        for row in self._deliveries.due(math.inf, _MOST_ROWS, key_start=webhook.key_start):
-            if stop.is_set():
-                return
-            is_early = row.due_at > time.time()
-            if row.sweep_id in waiting or is_early or not self._try(webhook, row):
-                waiting.add(row.sweep_id)
+        now = time.time()
+        while rows := self._deliveries.due(now, _MOST_ROWS, key_start=webhook.key_start):
+            for row in rows:
+                if stop.is_set():
+                    return
+                self._try(webhook, row)
 
-    def _try(self, webhook: Webhook, row: Delivery) -> bool:
-        """Post a notice; tell whether the next one of its sweep may follow."""
+    def _try(self, webhook: Webhook, row: Delivery) -> None:
+        """Post a notice, and write down how that went."""
         error, now = webhook.post(row.payload), time.time()
         if error is None:
             self._deliveries.delivered(row.id, now)
-            return True
+            return
         name = f"{row.sweep_id}: {row.kind} to {webhook.host}"
         if now - row.created_at > GIVE_UP_S:
             self._deliveries.failed(row.id, error, None)
             logger.error("%s: given up after a day: %s", name, error)
-            return True
+            return
         pause_s = min(MAX_PAUSE_S, 2.0 ** min(row.attempts, 16)) * self._random.uniform(0.5, 1)
         self._deliveries.failed(row.id, error, now + pause_s)
         logger.warning("%s: %s; next try in %.0f s", name, error, pause_s)
-        return False
 
 
 def _repeat(stop: threading.Event, work: Callable[[], None]) -> None:

@@ -36,7 +36,7 @@ from service.paths import Paths, SweepPaths
 from service.projector import Projector
 from service.tracking import MAX_BACKOFF_S, Parent, default_uri, only_projector
 from trainer.errors import BackendError, DataError, FairwayError, UsageError
-from trainer.runtime.environment import quiet_mlflow
+from trainer.runtime.environment import quiet_mlflow, tracking_uri
 from trainer.runtime.files import locked, read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,8 @@ class Outbox:
             time.sleep(POLL_S)
 
     def step(self) -> bool:
-        """Write what is new of every sweep that is due; tell whether none is left behind."""
+        """Write what is new of every sweep that is due; tell whether none is left behind, be it
+        because another process holds its lock and has not written it yet."""
         num_failed = in_a_row = num_written = 0
         for sweep_id in self._due():
             try:
@@ -117,7 +118,7 @@ class Outbox:
         elif num_failed:
             self._set_in_reach(False)
         self._tell()
-        return not has_failed and not any(sweep.refusal for sweep in self._sweeps.values())
+        return not has_failed and not any(s.refusal or s.lag_events for s in self._sweeps.values())
 
     def _set_in_reach(self, is_in_reach: bool) -> None:
         has_changed = is_in_reach != (self._failures == 0)
@@ -188,6 +189,7 @@ class Outbox:
                 turn = stack.enter_context(only_projector(sweep.paths, patience_s=0.0))
             except UsageError:  # a run of its own, or a sync: they write it, and we look again
                 sweep.projector = None
+                sweep.num_written = self._count_written(sweep)
                 return False
             if turn.before != sweep.mark:
                 sweep.projector = None
@@ -284,11 +286,13 @@ def _take_turn(stack: ExitStack, paths: Paths, parent: Parent) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Project a home's sweeps as a process of its own; the exit code is 5 if `--once` could not
-    write everything."""
+    """Project a home's sweeps as a process of its own; the exit code is 5 if `--once` leaves
+    something unwritten, which may be because another process holds the sweep's lock."""
     parser = argparse.ArgumentParser(prog="python -m service.outbox", description=__doc__)
     parser.add_argument("--home", type=Path, required=True)
-    parser.add_argument("--uri", help="the embedded store when left out")
+    address = parser.add_mutually_exclusive_group()
+    address.add_argument("--uri", help="the embedded store when left out")
+    address.add_argument("--uri-from-environment", action="store_true", help="MLFLOW_TRACKING_URI")
     parser.add_argument("--parent-pid", type=int, help="end when this process is gone")
     parser.add_argument("--once", action="store_true", help="write what is there and end")
     given = parser.parse_args(arguments)
@@ -306,7 +310,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paths, parent = Paths(given.home), Parent(given.parent_pid, stop)
     with ExitStack() as stack:
         if _take_turn(stack, paths, parent):
-            outbox = Outbox(paths, given.uri or default_uri(paths))
+            uri = tracking_uri() if given.uri_from_environment else given.uri
+            outbox = Outbox(paths, uri or default_uri(paths))
             if given.once:
                 return 0 if outbox.step() else BackendError.exit_code
             outbox.run_forever(parent)

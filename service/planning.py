@@ -40,6 +40,7 @@ MAX_FILES = 16
 MAX_FILE_BYTES = 256 * 1024
 MAX_ASSIGNMENTS = 256
 MAX_ASSIGNMENT = 4_096  # characters
+MAX_ASSIGNMENT_BYTES = 64 * 1024  # of all together, which travel on a command line
 MAX_RECIPES = 64  # that one recipe may extend, all together
 DIGEST_LENGTH = 20  # of the digest, in the folder's name
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\.yaml")
@@ -94,6 +95,10 @@ def check_submission(submission: Submission) -> None:
         _check_text(text, f"assignments[{i}]")
         if len(text) > MAX_ASSIGNMENT:
             raise UsageError(f"assignments[{i}]: longer than {MAX_ASSIGNMENT} characters")
+    if sum(len(text.encode()) for text in submission.assignments) > MAX_ASSIGNMENT_BYTES:
+        raise UsageError(
+            f"assignments: more than {MAX_ASSIGNMENT_BYTES} bytes; write them into the sweep"
+        )
 
 
 def _check_text(text: str, where: str) -> None:
@@ -262,9 +267,13 @@ class Places:
             )
         if os.path.realpath(real) != str(real):
             raise UsageError(f"{where}: {name[:200]!r} is a link; name the file itself")
-        if not real.is_file():
+        try:
+            size = real.stat().st_size if real.is_file() else None
+        except OSError:  # longer than a name can be, or not ours to look at
+            size = None
+        if size is None:
             raise UsageError(f"{where}: there is no file {name[:200]!r}")
-        if real.stat().st_size > MAX_FILE_BYTES:
+        if size > MAX_FILE_BYTES:
             raise UsageError(f"{where}: {name[:200]!r} is larger than {MAX_FILE_BYTES} bytes")
         return Path(name)
 

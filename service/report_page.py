@@ -164,10 +164,12 @@ def _knob_sections(finals: Finals) -> Iterator[Section]:
     yield _importance_section(finals)
     figure, name = edf_figure(finals)
     by = f" by {html.escape(name)}" if name else ""
+    why = "No final of the search is feasible and legal." if is_scored else UNSCORED
     yield _plotted(
-        "edf", "Distribution of results", figure, UNSCORED,
-        f"The share of the search's finals that reach a bpb or better{by} (EDF). A line further "
-        "left is the better region to search; a steep one hardly depends on the other knobs.",
+        "edf", "Distribution of results", figure, why,
+        f"The share of the search's feasible and legal finals that reach a bpb or better{by} "
+        "(EDF). A line further left is the better region to search; a steep one hardly depends on "
+        "the other knobs.",
     )  # fmt: skip
 
 
@@ -175,13 +177,14 @@ def _importance_section(finals: Finals) -> Section:
     view = finals.view
     shares, more = importances(view), _influence_list(view) + _dead_list(view)
     if shares is None:
-        why = f"Too few scored finals to tell: importances need {MIN_FINALS} of the search."
+        why = f"Too few scored finals to tell: importances need {MIN_FINALS} of the search "
+        why += "that are feasible and legal."
         return Section("importance", "Importances", _nothing(why), more)
     return Section(
         "importance", "Importances", importance_figure(finals, shares),
         "PED-ANOVA (Optuna; arXiv 2304.10255): how far the values of a knob among the best finals "
-        "differ from those among all, as a share of the whole. It says what to set right to be "
-        f"among the best tenth, not in which direction. {more}",
+        "differ from those among all that are feasible and legal, as a share of the whole. It says "
+        f"what to set right to be among the best tenth, not in which direction. {more}",
     )  # fmt: skip
 
 
@@ -191,13 +194,15 @@ def _time_sections(view: SweepView, timelines: Sequence[Timeline]) -> Iterator[S
         shown = (
             f" The {MAX_TIMELINES} with the best finals are shown." if num > MAX_TIMELINES else ""
         )
+        top = best(view)
+        is_of_best = top is not None and timelines[0].training == top["training"]
         yield Section(
             "curves", "Loss and the clock", curves_figure(timelines),
-            "Black is the training of the best final; behind it, green is its warmdown and yellow "
-            "its validations. The first steps lie above the plot, a double click shows them. The "
-            "bars at the bottom are where each training's seconds went: a trunk that several share "
-            "is drawn in each of them, and the time between trunk and "
-            f"tail, when nothing ran, is cut out.{shown}",
+            f"{'Black is the training of the best final. ' if is_of_best else ''}Behind the black "
+            "line, green is its warmdown and yellow its validations. The first steps lie above the "
+            "plot, a double click shows them. The bars at the bottom are where each training's "
+            "seconds went: a trunk that several share is drawn in each of them, and the time "
+            f"between trunk and tail, when nothing ran, is cut out.{shown}",
         )  # fmt: skip
         return
     yield _plotted(

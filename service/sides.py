@@ -4,8 +4,9 @@ A side is a baseline's file or name, a sweep, or a final's id, in this order.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from service.verdicts import (
     verdict_document,
 )
 from trainer.codec import dump
-from trainer.errors import UsageError
+from trainer.errors import DataError, UsageError
 
 _MIN_FINAL_PREFIX = 6
 # Val bpb by configuration and seed.
@@ -47,7 +48,7 @@ def find_side(paths: Paths, ref: str, not_sweep: str | None = None) -> Sample:
     if is_baseline(ref):
         return baselines.read_baseline(ref).sample()
     if not _is_sweep_ref(paths, ref):
-        return _final_side(paths, ref)
+        return _final_sides(paths, [ref])[ref]
     view = replay(find_sweep(paths, ref).ledger)
     if not_sweep is not None and view.started.get("sweep_id") == not_sweep:
         raise UsageError(f"{ref}: that is the sweep itself; name another one or a baseline")
@@ -59,7 +60,9 @@ def find_side(paths: Paths, ref: str, not_sweep: str | None = None) -> Sample:
 
 def compare_sides(paths: Paths, refs: Sequence[str]) -> dict[str, Any]:
     """Hold what the references name against the first of them, as plain data."""
-    found = [find_side(paths, ref) for ref in refs]
+    others = {ref for ref in refs if not is_baseline(ref) and not _is_sweep_ref(paths, ref)}
+    finals = _final_sides(paths, others)
+    found = [finals.get(ref) or find_side(paths, ref) for ref in refs]
     return {
         "sides": [side_document(sample) for sample in found],
         "contrasts": [contrast_document(contrast(new, found[0])) for new in found[1:]],
@@ -79,13 +82,27 @@ def _is_sweep_ref(paths: Paths, ref: str) -> bool:
     return any(each.startswith(ref) or each.rpartition("-")[0] == ref for each in ids)
 
 
-def _final_side(paths: Paths, ref: str) -> Sample:
-    found: dict[str, SweepView] = {}
-    if len(ref) >= _MIN_FINAL_PREFIX:
-        for view in _views(paths):
+def _final_sides(paths: Paths, refs: Collection[str]) -> dict[str, Sample]:
+    """The finals that references begin, by reference; every ledger is looked through once."""
+    found: dict[str, dict[str, SweepView]] = {ref: {} for ref in refs}
+    broken: dict[str, DataError] = {}
+    for ledger, named in _ledgers_that_name(paths, refs):
+        try:
+            view = replay(ledger)
+        except DataError as error:
+            broken |= dict.fromkeys(named, error)
+            continue
+        for ref in named:
             for final in view.finals:
                 if final.startswith(ref):
-                    found.setdefault(final, view)
+                    found[ref].setdefault(final, view)
+    for ref in broken:
+        if not found[ref]:
+            raise broken[ref]
+    return {ref: _final_side(ref, views) for ref, views in found.items()}
+
+
+def _final_side(ref: str, found: Mapping[str, SweepView]) -> Sample:
     if len(found) > 1:
         raise UsageError(f"{ref!r} fits {len(found)} finals; give more of its id")
     if not found:
@@ -97,10 +114,21 @@ def _final_side(paths: Paths, ref: str) -> Sample:
     return sample_of_final(view, final)
 
 
-def _views(paths: Paths) -> Iterator[SweepView]:
-    """The sweeps of a home, the newest first."""
-    ledgers = sorted(paths.sweeps.glob("*/events.jsonl"), key=lambda path: -path.stat().st_mtime)
-    return map(replay, ledgers)
+def _ledgers_that_name(paths: Paths, refs: Collection[str]) -> Iterator[tuple[Path, list[str]]]:
+    """The ledgers of a home, the newest first, that have finals with these starts, and which. Told
+    from their text: most of them need not be replayed."""
+    marks = {
+        ref: f'"final":"{ref}'.encode()
+        for ref in refs
+        if len(ref) >= _MIN_FINAL_PREFIX and ref.isascii()
+    }
+    if not marks:
+        return
+    ledgers = paths.sweeps.glob("*/events.jsonl")
+    for path in sorted(ledgers, key=lambda path: -path.stat().st_mtime):
+        text = path.read_bytes()
+        if named := [ref for ref, mark in marks.items() if mark in text]:
+            yield path, named
 
 
 def check_gate(gate: Gate, paths: Paths) -> None:

@@ -88,11 +88,12 @@ def _size_and_bpb(result: dict[str, Any]) -> list[float]:
 
 def importances(view: SweepView) -> dict[str, float] | None:
     """How much each varying knob decides whether a final is among the best, by its path, the
-    largest first; they add up to 1. None where too few finals of the search are scored.
+    largest first; they add up to 1. None where too few finals of the search count: over a cap
+    bpb is cheap, and a knob that leads there would seem to matter.
 
     PED-ANOVA, arXiv 2304.10255, with its extension to conditional knobs, arXiv 2601.20800.
     """
-    events = [e for e in settled(view) if is_scored(e) and is_of_search(view, e)]
+    events = [e for e in settled(view) if counts(view, e) and is_of_search(view, e)]
     names = {path: name for path, name in shown_names(view).items() if _is_in(path, events)}
     if len(events) < MIN_FINALS or not names:
         return None

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from service.curves import Curve
 from service.labels import run_name
 from service.ledger import SweepView
-from service.report import final_rows, has_several_seeds
+from service.report import best, final_rows, has_several_seeds
 
 MAX_TIMELINES = 40
 PHASES = (
@@ -62,9 +62,11 @@ class Timeline:
 
 
 def read_timelines(view: SweepView, store: Path) -> list[Timeline]:
-    """Read the journals of a sweep's trainings, those of the best finals first, as far as the
-    store has them; MAX_TIMELINES at most."""
-    ranked = [row.training for row in final_rows(view)]
+    """Read the journals of a sweep's trainings, that of the best final first and then by their
+    finals' bpb, as far as the store has them; MAX_TIMELINES at most."""
+    top = best(view)  # the confirmed best, which by its own bpb is rarely the first
+    ranked = [] if top is None else [top["training"]]
+    ranked += [row.training for row in final_rows(view)]
     known = {**view.trainings, **view.running}
     found: list[Timeline] = []
     for training in dict.fromkeys([*ranked, *known]):

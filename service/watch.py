@@ -3,6 +3,8 @@
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -14,7 +16,7 @@ from rich.text import Text
 from service.client import Client, Event
 from service.labels import knob_names, short_value
 from service.talk import Talk
-from trainer.errors import FairwayError
+from trainer.errors import BackendError, FairwayError
 
 REFRESH_S = 1.0
 SHOWN_FINALS = 10
@@ -41,20 +43,19 @@ def watch(client: Client, ref: str, console: Console, talk: Talk) -> dict[str, A
 
 def _live(client: Client, ref: str, console: Console) -> dict[str, Any]:
     """Redraw when something has happened, and once a second for what only time changes."""
-    stream = _Stream(client, ref)
+    detail = client.sweep(ref)
+    sweep_id, finals = detail["id"], list[dict[str, Any]]()
+    stream = _Stream(client, sweep_id)
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
             is_over = stream.wait(REFRESH_S)
-            detail = client.sweep(ref)
-            finals = _first(client, ref)
+            with suppress(BackendError):  # the stream knows when it is away for too long
+                detail = client.sweep(sweep_id)
+                finals = list(islice(client.finals(sweep_id, per_page=SHOWN_FINALS), SHOWN_FINALS))
             live.update(render(detail, finals, time.time()), refresh=True)
             if is_over:
                 return detail
-
-
-def _first(client: Client, ref: str) -> list[dict[str, Any]]:
-    finals = client.finals(ref)
-    return [row for row, _ in zip(finals, range(SHOWN_FINALS), strict=False)]
+            time.sleep(REFRESH_S / 2)  # a replay brings events by the hundred
 
 
 class _Stream:

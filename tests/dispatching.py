@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from service.jobs.dispatcher import Dispatcher
+from service.jobs.dispatcher import Dispatcher, Patience
 from service.jobs.files import JobFiles
 from service.jobs.local import LocalRunner
 from service.jobs.ray_jobs import RayJobRunner
@@ -52,6 +52,7 @@ class Home:
         self.dispatcher = Dispatcher(
             self.queue, self.quotas, self.runner, self.paths, Tails(self.paths), self.slots
         )
+        self.dispatcher.patience = Patience(restarts_s=(0.0,))
         return self.dispatcher
 
     def submit(self, name: str, *, user: User = ALICE, gangs: int = 1, **told: Any) -> SweepRecord:

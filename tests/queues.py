@@ -22,7 +22,7 @@ from typing import Any
 import sqlalchemy
 from sqlalchemy import Engine
 
-from service.queue.database import is_reachable, open_database
+from service.queue.database import is_reachable, open_database, writing
 from service.queue.queue import Queue
 from service.queue.records import (
     Conflict,
@@ -236,7 +236,7 @@ class PostgresServer:
 
 def empty_tables(engine: Engine) -> None:
     """Take all rows from a PostgreSQL database; cheaper than making its tables anew."""
-    with engine.begin() as db:
+    with writing(engine) as db:
         db.exec_driver_sql(f"TRUNCATE {', '.join(metadata.tables)} RESTART IDENTITY")
 
 

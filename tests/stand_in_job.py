@@ -6,6 +6,7 @@ What it shall do is in the bundle's sweep.yaml:
     seconds       how long that takes
     waits_s       how long it waits for a gang first
     dies          by attempt: "kill", or the exit code to leave with, halfway
+    dies_late     the same, once it has finished a training
     is_deaf       to orders and SIGTERM
     lingers_s     how long it lives on after the sweep has finished
 
@@ -38,6 +39,7 @@ class StandIn:
 
     def __init__(self, home: Path, told: dict[str, Any]) -> None:
         self.sweep = Sweep(home, sweep_id=told["sweep_id"])
+        self.sweep._at = time.time()  # its stages begin now
         self.told = told
         paths = self.sweep.paths.sweep(self.sweep.sweep_id)
         self.orders = Orders(paths.control, time.time())
@@ -68,16 +70,17 @@ class StandIn:
         for point in self.sweep.train_points():
             key = self.sweep.begin(ledger, point)
             self.pass_time(2 * self.step_s)
-            self.die_if_told()
+            self.die_if_told("dies")
             if key not in ledger.view.trainings:
                 self.sweep.end(ledger, point)
+                self.die_if_told("dies_late")
         for point in self.sweep.train_points():
             self.pass_time(3 * self.step_s)
             for final in self.sweep.final_points(point):
                 self.sweep.score(ledger, final)
 
-    def die_if_told(self) -> None:
-        end = self.told.get("dies", {}).get(str(self.attempt))
+    def die_if_told(self, how: str) -> None:
+        end = self.told.get(how, {}).get(str(self.attempt))
         if end == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if end is not None:

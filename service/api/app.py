@@ -46,7 +46,13 @@ def make_app(settings: Settings, *, services: Services) -> FastAPI:
     limiter = RateLimiter(settings.requests_per_second, settings.burst)
     app.state.services = services
     app.state.gatekeeper = Gatekeeper(services, limiter)
-    app.add_middleware(Door, settings=settings, limiter=limiter, metrics=services.metrics)
+    app.add_middleware(
+        Door,
+        settings=settings,
+        limiter=limiter,
+        metrics=services.metrics,
+        verify=services.tokens.verify,
+    )
     problems.install(app)
     api = APIRouter(prefix=PREFIX, responses=problems.ANY_ROUTE)
     for routes in (routes_sweeps, routes_admin, routes_views, routes_results, stream):
@@ -54,7 +60,6 @@ def make_app(settings: Settings, *, services: Services) -> FastAPI:
     api.include_router(routes_admin.probes())
     app.include_router(api)
     app.include_router(routes_admin.probes(), include_in_schema=False)  # where probes look
-    app.include_router(page.router())
     app.include_router(page.router())
     app.openapi = lambda: _openapi(app)
     return app

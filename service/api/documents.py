@@ -58,7 +58,7 @@ def sweep_document(record: SweepRecord) -> Document:
         }
         if has_best
         else None,
-        "cap_bytes": summary.cap_bytes if summary.num_events else plan.get("cap_bytes"),
+        "cap_bytes": summary.cap_bytes if summary.num_events or not plan else plan.get("cap_bytes"),
         "worker_seconds": summary.worker_seconds,
         "gpu_seconds": summary.gpu_seconds,
     }

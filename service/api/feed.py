@@ -16,7 +16,9 @@ import heapq
 import json
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -32,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
 KEEP_ALIVE_S = 15.0
-MAX_LISTENERS = 500
 WINDOW = 1_000  # messages of a sweep that are kept for its listeners
 BATCH = 50  # messages that a listener takes from there at once
 PIECE = 200  # events of either kind that are read at once for a listener who is behind
@@ -215,12 +216,13 @@ class Feed:
         self._joining = asyncio.Lock()
         self._poller: asyncio.Task[None] | None = None
         self._seen = 0  # the queue's last event that every topic has been given
-        self.num_listeners = 0
+        self.listeners: Counter[str] = Counter()
+        """Streams that are open, by user."""
 
     @property
-    def has_room(self) -> bool:
-        """Whether one more may listen."""
-        return self.num_listeners < MAX_LISTENERS
+    def num_listeners(self) -> int:
+        """Streams that are open."""
+        return self.listeners.total()
 
     async def reach(self, sweep_id: str | None) -> Place:
         """How far a sweep's events go by now, or the queue's; DataError for a broken ledger."""
@@ -228,9 +230,12 @@ class Feed:
         num = 0 if tail is None else await asyncio.to_thread(tail.ask, _num_events)
         return Place(await asyncio.to_thread(self._queue.last_event_id), num)
 
-    async def messages(self, sweep_id: str | None, sent: Place) -> AsyncGenerator[bytes]:
+    async def messages(
+        self, sweep_id: str | None, sent: Place, may_listen: Callable[[], Awaitable[bool]]
+    ) -> AsyncGenerator[bytes]:
         """Everything behind a place as server-sent events, each once; ids tell the place behind
-        them. Ends with a sweep, and where the feed cannot go on."""
+        them. Ends with a sweep, where the feed cannot go on, and for who may not listen any more,
+        which is asked every KEEP_ALIVE_S."""
         yield KEEPALIVE_COMMENT  # the listener learns at once that it is heard
         try:
             topic = await self._join(sweep_id)
@@ -239,7 +244,12 @@ class Feed:
             return
         try:
             listener = _Listener(topic, self._piece, sent)
+            asked_at = time.monotonic()
             while not topic.is_closed:
+                if time.monotonic() - asked_at >= KEEP_ALIVE_S:
+                    if not await may_listen():
+                        return
+                    asked_at = time.monotonic()
                 messages = await listener.more()
                 for message in messages:
                     sent = sent.after(message)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -31,11 +31,13 @@ from service.notices import Notices
 from service.paths import Paths
 from service.queue.database import default_url, open_database
 from service.queue.deliveries import Deliveries
+from service.queue.ownership import owned
 from service.queue.queue import Queue
 from service.queue.quotas import Quotas
 from service.queue.tokens import Tokens
 from service.tails import Tails
 from trainer.errors import UsageError
+from trainer.runtime.environment import and_tracking_uri
 from trainer.runtime.files import locked
 
 logger = logging.getLogger(__name__)
@@ -70,9 +72,14 @@ def opened(settings: Settings, runner: Runner | None = None) -> Iterator[Service
                 f"--host {settings.host}: whoever reaches it could run sweeps; make a token first "
                 "with `fairway token create NAME --role admin`"
             )
+        confirm = stack.enter_context(owned(engine, paths.home))
         planner = Planner(paths, settings.roots)
         stack.callback(planner.close)
         queue, quotas, tails = Queue(engine), Quotas(engine), Tails(paths, keep=KEPT_TAILS)
+        dispatcher = WatchedDispatcher(
+            queue, quotas, runner or _runner(settings), paths, tails, settings.slots
+        )
+        dispatcher.confirm = confirm
         yield Services(
             settings=settings,
             paths=paths,
@@ -84,9 +91,7 @@ def opened(settings: Settings, runner: Runner | None = None) -> Iterator[Service
             tails=tails,
             views=Views(tails, paths),
             planner=planner,
-            dispatcher=WatchedDispatcher(
-                queue, quotas, runner or _runner(settings), paths, tails, settings.slots
-            ),
+            dispatcher=dispatcher,
         )
 
 
@@ -106,6 +111,7 @@ def working(services: Services) -> Iterator[None]:
     stop, settings = services.stopping, services.settings
     notices = Notices(
         services.paths,
+        services.queue,
         services.deliveries,
         services.tails,
         settings.webhooks,
@@ -113,7 +119,9 @@ def working(services: Services) -> Iterator[None]:
     )
     tasks: dict[str, Callable[[], None]] = {
         "notices": lambda: notices.run_forever(stop),
-        "outbox": lambda: keep_running(_outbox(services), stop),
+        "outbox": lambda: keep_running(
+            _outbox(services), stop, and_tracking_uri(settings.tracking_uri)
+        ),
     }
     dispatcher = services.dispatcher
     if dispatcher is not None:
@@ -131,19 +139,23 @@ def working(services: Services) -> Iterator[None]:
 
 
 def _outbox(services: Services) -> list[str]:
-    uri = services.settings.tracking_uri
     words = [sys.executable, "-m", "service.outbox", "--home", str(services.paths.home)]
-    return [*words, "--parent-pid", str(os.getpid()), *(["--uri", uri] if uri else [])]
+    uri = ["--uri-from-environment"] if services.settings.tracking_uri else []
+    return [*words, "--parent-pid", str(os.getpid()), *uri]
 
 
-def keep_running(command: list[str], stop: threading.Event) -> None:
-    """Run a process, again when it has died, later each time; end it when told to stop."""
+def keep_running(
+    command: list[str], stop: threading.Event, variables: Mapping[str, str] | None = None
+) -> None:
+    """Run a process, again when it has died, later each time; end it when told to stop. It gets
+    these variables, else ours."""
     pause_s = 1.0
     while not stop.is_set():
         began = time.monotonic()
         process = subprocess.Popen(
             command,
             cwd=Path(__file__).parent.parent.parent,
+            env=variables,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for us, who then end it
         )

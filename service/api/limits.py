@@ -1,8 +1,9 @@
 """The door: what every request passes before a route sees it, and every answer on its way out.
 
 In this order: the name under which the service was called, the origin of a write, the rate, the
-kind and the length of the body, which is counted again as it comes. On the way out: security
-headers, one line of the access log, one count.
+kind and the length of the body, which is counted again as it comes. A token that is not known yet
+is looked up before its address is refused: behind a proxy everybody has the same one.
+On the way out: security headers, one line of the access log, one count.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
+from anyio import CapacityLimiter, to_thread
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -23,6 +25,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.api.metrics import Metrics
 from service.api.problems import Refusal, internal, problem
 from service.api.settings import LOOPBACK_NAMES, Settings
+from service.queue.records import User
+from trainer.errors import BackendError
 
 access_log = logging.getLogger("fairway.access")
 
@@ -30,6 +34,7 @@ READS = frozenset({"GET", "HEAD", "OPTIONS"})
 MAX_KEYS = 10_000
 FAILURE_COST = 10
 """Requests that a wrong token counts for: so nobody tries many."""
+NUM_LOOKING = 2  # threads that look up tokens of addresses that have asked too fast
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
@@ -96,11 +101,13 @@ class RateLimiter:
             while len(self._users) > self._max_keys:
                 self._users.popitem(last=False)
 
-    def fail(self, authorization: str | None, address: str) -> None:
-        """A token has been found to be nobody's, or was missing."""
+    def fail(self, authorization: str | None, address: str, *, is_write: bool) -> None:
+        """A token has been found to be nobody's, or was missing: that costs as much where
+        something was to be changed, which enters the audit log."""
         if authorization:
             with self._lock:
                 self._users.pop(_digest(authorization), None)
+        if authorization or is_write:
             self.take(f"address {address}", FAILURE_COST)
 
 
@@ -112,12 +119,19 @@ class Door:
     """The middleware around all routes."""
 
     def __init__(
-        self, app: ASGIApp, settings: Settings, limiter: RateLimiter, metrics: Metrics
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        limiter: RateLimiter,
+        metrics: Metrics,
+        verify: Callable[[str], User | None],
     ) -> None:
         self._app = app
         self._settings = settings
         self._limiter = limiter
         self._metrics = metrics
+        self._verify = verify
+        self._looking = CapacityLimiter(NUM_LOOKING)
         self._hosts = {
             name.lower() for name in (*LOOPBACK_NAMES, settings.host, *settings.allowed_hosts)
         }
@@ -129,7 +143,7 @@ class Door:
         visit = _Visit(scope, send)
         request = Request(scope)
         try:
-            self._check(request)
+            await self._check(request)
             await self._app(scope, self._counted(receive), visit.send)
         except Refusal as refusal:
             answer = problem(
@@ -143,7 +157,7 @@ class Door:
         finally:
             self._note(visit)
 
-    def _check(self, request: Request) -> None:
+    async def _check(self, request: Request) -> None:
         headers = request.headers
         host = headers.get("host", "")
         if _name_of(host) not in self._hosts:
@@ -156,9 +170,7 @@ class Door:
         origin = headers.get("origin")
         if is_write and origin is not None and urlsplit(origin).netloc != host:
             raise Refusal(403, f"{origin!r} is another site; it may not ask for changes here")
-        address = address_of(request)
-        wait_s = self._limiter.take(self._limiter.key_of(headers.get("authorization"), address))
-        if wait_s:
+        if wait_s := await self._wait_s(headers.get("authorization"), address_of(request)):
             rate = f"{self._settings.requests_per_second:g}"
             raise Refusal(
                 429,
@@ -167,6 +179,21 @@ class Door:
             )
         if is_write:
             self._check_body(headers)
+
+    async def _wait_s(self, authorization: str | None, address: str) -> float:
+        """Take a request from its bucket; the seconds that it has to wait."""
+        key = self._limiter.key_of(authorization, address)
+        wait_s = self._limiter.take(key)
+        if wait_s and authorization and key == f"address {address}":
+            kind, _, token = authorization.partition(" ")
+            try:
+                user = await to_thread.run_sync(self._verify, token.strip(), limiter=self._looking)
+            except BackendError:  # nobody can be told apart now
+                return wait_s
+            if kind.lower() == "bearer" and user is not None:
+                self._limiter.know(authorization, user.name)
+                return self._limiter.take(self._limiter.key_of(authorization, address))
+        return wait_s
 
     def _check_body(self, headers: Headers) -> None:
         length = headers.get("content-length", "0")

@@ -69,7 +69,7 @@ def _file(request: Request, name: str) -> Response:
         raise Refusal(404, "there is no such file in the page")
     try:
         content = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:  # not there, a folder, or longer than a name can be
         raise Refusal(404, "there is no such file in the page; the API is at /api/v1") from None
     tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
     headers = {"ETag": tag, "Cache-Control": "no-cache", "Content-Security-Policy": _POLICY}

@@ -41,10 +41,15 @@ _PACKAGES = Path(str(service.__file__)).parent.parent
 _TOO_LARGE = "sweep.yaml: too large to plan"
 
 
+class PlannerTrouble(BackendError):
+    """Nothing can be planned now; the text is fit for callers, as other BackendErrors' is not."""
+
+
 class Planner:
     """Checks, plans and keeps submissions for one home; thread-safe.
 
-    Raises UsageError for what is wrong with a submission, BackendError where too many come at once.
+    Raises UsageError for what is wrong with a submission, PlannerTrouble where too many come at
+    once.
     """
 
     def __init__(
@@ -115,7 +120,7 @@ class Planner:
     @contextmanager
     def _seat(self) -> Iterator[None]:
         if not self._seats.acquire(blocking=False):
-            raise BackendError("too many submissions are being planned; try again in a moment")
+            raise PlannerTrouble("too many submissions are being planned; try again in a moment")
         try:
             yield
         finally:
@@ -125,7 +130,7 @@ class Planner:
         try:
             child = self._children.get(timeout=WAIT_S)
         except queue.Empty as error:
-            raise BackendError("the planner is busy; try again in a moment") from error
+            raise PlannerTrouble("the planner is busy; try again in a moment") from error
         request = {
             "bundle": str(folder),
             "assignments": list(submission.assignments),
@@ -156,7 +161,8 @@ class Planner:
         try:
             return _Child(self._memory_bytes)
         except OSError as error:
-            raise BackendError(f"no process can be started to plan in: {error}") from error
+            why = error.strerror
+            raise PlannerTrouble(f"no process can be started to plan in: {why}") from error
 
 
 def _read(answer: dict[str, Any]) -> Planned:
@@ -169,7 +175,7 @@ def _read(answer: dict[str, Any]) -> Planned:
         case "refused":
             raise UsageError(answer["text"])
         case _:
-            raise BackendError(answer["text"])
+            raise PlannerTrouble(answer["text"])
 
 
 class _Ended(Exception):

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from service.api.planner import PlannerTrouble
 from service.api.redaction import redact
 from service.queue.records import Conflict, Forbidden, UnknownSweep
 from trainer.errors import BackendError, DataError, FairwayError, InfeasibleError, UsageError
@@ -28,6 +29,7 @@ INFEASIBLE = "urn:fairway:infeasible"
 PROBLEM_SCHEMA = {"$ref": "#/components/schemas/Problem"}
 MAX_DETAIL = 2_000  # characters
 RETRY_S = 5
+OUT_OF_REACH = "the database is out of reach; try again later"
 _WORDS = {404: "there is nothing here", 405: "this cannot be asked for in this way"}
 
 
@@ -134,9 +136,14 @@ def _of_fairway_error(request: Request, error: Exception) -> Response:
     status = status_of(cast(FairwayError, error))
     if status == 500:
         return internal(request, error)
+    detail = str(error)
+    if isinstance(error, BackendError) and not isinstance(error, PlannerTrouble):
+        # Its text has the database's address, and what the driver says of it.
+        logger.warning("request %s: %s", request_id_of(request), detail)
+        detail = OUT_OF_REACH
     return problem(
         status,
-        str(error),
+        detail,
         request_id=request_id_of(request),
         kind=INFEASIBLE if isinstance(error, InfeasibleError) else "about:blank",
         headers={"Retry-After": str(RETRY_S)} if status == 503 else {},

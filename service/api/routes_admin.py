@@ -14,6 +14,7 @@ from service.queue.database import is_reachable
 from service.queue.records import Quota, Role
 
 OUTBOX_SILENCE_S = 600.0
+DISPATCHER_SILENCE_S = 60.0
 
 
 def router() -> APIRouter:
@@ -96,15 +97,27 @@ def _database(services: Services) -> dict[str, Any]:
 def _jobs(services: Services) -> dict[str, Any]:
     if services.dispatcher is None:
         return {"ok": True, "detail": "this service starts nothing"}
-    trouble = services.dispatcher.trouble
-    return _part("where sweeps run is out of reach; see the log" if trouble else None)
+    if services.dispatcher.trouble:
+        return _part("where sweeps run is out of reach; see the log")
+    ticked_at = services.dispatcher.ticked_at
+    is_stuck = ticked_at is not None and time.time() - ticked_at > DISPATCHER_SILENCE_S
+    return _part(
+        "the dispatcher has not come through for a while; see the log" if is_stuck else None
+    )
 
 
 def _tracking(services: Services) -> dict[str, Any]:
     health = read_health(services.paths)
     if health is None or time.time() - health.at > OUTBOX_SILENCE_S:
         return _part("the outbox has said nothing for a while; the ledgers keep everything")
-    return _part("MLflow is out of reach; the ledgers keep everything" if health.trouble else None)
+    if health.trouble:
+        return _part("MLflow is out of reach; the ledgers keep everything")
+    words = ["in reach"]
+    if lag := sum(health.lag_events.values()):
+        words.append(f"{lag} event{'s' if lag > 1 else ''} behind")
+    if refused := len(health.refused):
+        words.append(f"{refused} sweep{'s' if refused > 1 else ''} refused")
+    return {"ok": True, "detail": ", ".join(words)}
 
 
 class _Figures:

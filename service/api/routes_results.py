@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from anyio import CapacityLimiter, to_thread
+from anyio import CapacityLimiter, WouldBlock, to_thread
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +15,8 @@ from service.ledger import SweepView
 from service.report import best_document
 from service.sides import compare_sides
 
+MAX_SIDES = 8
+COMPARE_RETRY_S = 2
 MAX_PIECE = 65_536  # bytes of a log
 MIN_PIECE = 16  # no character is longer
 MAX_OFFSET = 2**53  # what a number in JSON can be
@@ -34,7 +36,7 @@ class Sides(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    sides: list[Side] = Field(min_length=2, max_length=20)
+    sides: list[Side] = Field(min_length=2, max_length=MAX_SIDES)
 
 
 def router() -> APIRouter:
@@ -55,13 +57,27 @@ def _add_results(routes: APIRouter) -> None:
         tail = services.tails.of(record.sweep_id)
         return tail.ask(lambda view: best_document(view, run_ids))
 
+    # It may read every ledger of the home: one at a time, and nobody waits in a queue of them.
+    comparing = CapacityLimiter(1)
+
     @routes.post("/compare", response_model=Comparison)
-    def compare(sides: Sides, services: In, user: Reader) -> Any:
+    async def compare(sides: Sides, services: In, user: Reader) -> Any:
         """Hold results against the first of them: mean, spread, gain, interval and p."""
         for side in sides.sides:
             if side.endswith((".yaml", ".yml")):
                 raise Refusal(422, f"sides: {side!r} is a file; name what the service has")
-        return compare_sides(services.paths, sides.sides)
+        try:
+            comparing.acquire_nowait()
+        except WouldBlock:
+            raise Refusal(
+                503,
+                "another comparison is being worked out; try again in a moment",
+                headers={"Retry-After": str(COMPARE_RETRY_S)},
+            ) from None
+        try:
+            return await to_thread.run_sync(compare_sides, services.paths, sides.sides)
+        finally:
+            comparing.release()
 
 
 def _add_texts(routes: APIRouter) -> None:

@@ -10,7 +10,7 @@ from service.api.problems import documented
 from service.api.services import SWEEP, In
 from service.api.shapes import Checked, SweepDetail
 from service.planning import MAX_ASSIGNMENTS, MAX_FILES, Submission
-from service.queue.records import UnknownSweep, User, Verb
+from service.queue.records import SweepRecord, UnknownSweep, User, Verb
 
 MAX_PRIORITY = 1_000
 
@@ -78,9 +78,12 @@ def router() -> APIRouter:
         """Queue a sweep; the same sweep again is found, not made."""
         submission = body.submission()
         with audited(services, request, user, "submit", "-") as entry:
-            new = services.planner.accept(submission, body.priority)
-            entry.subject = new.sweep_id
-            record, created = services.queue.submit(new, user, key)
+            record, created = _known_by(key, user, submission, services), False
+            if record is None:
+                new = services.planner.accept(submission, body.priority)
+                entry.subject = new.sweep_id
+                record, created = services.queue.submit(new, user, key)
+            entry.subject = record.sweep_id
         response.status_code = 201 if created else 200
         response.headers["Location"] = f"/api/v1/sweeps/{record.sweep_id}"
         return services.views.detail(record)
@@ -107,6 +110,13 @@ def router() -> APIRouter:
             operation_id=f"{verb}_sweep",
         )
     return routes
+
+
+def _known_by(
+    key: str | None, user: User, submission: Submission, services: In
+) -> SweepRecord | None:
+    """What the same request came to before, which need not be planned again."""
+    return None if key is None else services.queue.of_key(user.name, key, submission.digest)
 
 
 def _is_known(services: In, sweep_id: str) -> bool:

@@ -3,18 +3,22 @@
 Shared by threads. An answer is to be read, never changed.
 """
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from service.api.documents import detail_document, is_live, told_by
+from service.api.documents import Told, detail_document, is_live, told_by
 from service.ledger import SweepView, replay
 from service.paths import Paths
 from service.queue.records import SweepRecord
 from service.states import State
 from service.tails import Tails
+from trainer.errors import DataError
 from trainer.runtime.files import read_json
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Question = Callable[[SweepView, Sequence[dict[str, Any]]], T]
@@ -81,8 +85,13 @@ class Views:
             return answer.value
 
     def detail(self, record: SweepRecord) -> dict[str, Any]:
-        """One sweep in full, as `shapes.SweepDetail` has it."""
-        told = self.ask(record.sweep_id, told_by)
+        """One sweep in full, as `shapes.SweepDetail` has it. Of a damaged ledger nothing is told:
+        the row's reason may be that very damage, and a verb that was obeyed must say so."""
+        try:
+            told = self.ask(record.sweep_id, told_by)
+        except DataError as error:
+            logger.warning("%s: %s", record.sweep_id, error)
+            told = Told(None, {}, [], None)
         return detail_document(record, told, self.tracking(record.sweep_id))
 
     def tracking(self, sweep_id: str) -> dict[str, Any]:

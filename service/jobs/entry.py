@@ -1,9 +1,10 @@
 """A job's own process: it holds the attempt, runs the sweep as its child, records how that ended.
 
 `python -m service.jobs.entry --home H --bundle B --sweep ID --attempt N [-S a.b=c] [--program P]`
-runs `P sweep.yaml --home H --no-tracking -S a.b=c` in the bundle, P being `fairway run`
-unless told otherwise. An attempt that another process holds or held is left alone, silently: its
-log is not ours. What is asked of this process by SIGTERM or SIGINT goes to the child.
+runs `P sweep.yaml --home H --no-tracking --expect ID -S a.b=c` in the bundle, P being
+`fairway run` unless told otherwise, which refuses what has become another sweep since it was
+queued. An attempt that another process holds or held is left alone, silently: its log is not ours.
+What is asked of this process by SIGTERM or SIGINT goes to the child.
 """
 
 import argparse
@@ -40,6 +41,7 @@ def run(job: Job, num_cpus: int | None, program: Sequence[str]) -> int:
     """Run a job to its end, unless that is done already; return what the sweep's process did."""
     files = JobFiles.of(job)
     words = [*program, "sweep.yaml", "--home", str(job.home), "--no-tracking"]
+    words += ["--expect", job.sweep_id]
     words += [] if num_cpus is None else ["--num-cpus", str(num_cpus)]
     words += [word for assignment in job.assignments for word in ("-S", assignment)]
     try:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 from service.jobs.runner import Job, JobState
@@ -23,6 +24,7 @@ from trainer.runtime.files import read_json, write_json
 
 PATIENCE_S = 5.0
 """A reader's glance at the lock, which takes no time, must not turn a job away."""
+_TAIL_BYTES = 4096
 _KILLED = "it was killed, or its node is gone"
 
 
@@ -142,6 +144,17 @@ def running_attempts(sweep: SweepPaths) -> list[int]:
     """The attempts at a sweep that run now."""
     known = (int(path.stem) for path in sweep.jobs.glob("*.lock") if path.stem.isdigit())
     return [n for n in sorted(known) if JobFiles(sweep, n).state().phase == "running"]
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log that says something; empty without one."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def _lock(file: IO[bytes], kind: int, patience_s: float) -> bool:

@@ -66,6 +66,8 @@ class LocalRunner:
         code = None if process is None else process.poll()  # first: its files are written by then
         state = JobFiles.of(job).state()
         if state.phase != "absent" or process is None:
+            if state.phase == "ended":  # its files tell all that there is to know
+                self._started.pop(job.id, None)
             return state
         if code is None:
             return JobState("running", message="its process is starting")

@@ -148,6 +148,8 @@ def _prepare_postgres(connection: Any, _: Any) -> None:
 def _begin_postgres(connection: Connection) -> None:
     if connection.get_execution_options().get("takes_turn", False):
         connection.execute(text("SELECT pg_advisory_xact_lock(:turn)"), {"turn": _TURN})
+    else:
+        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
 
 
 def _create_file(engine: Engine, path: Path) -> None:

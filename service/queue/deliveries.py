@@ -61,10 +61,13 @@ class Deliveries:
             return _seen(db, sweep_id) or 0
 
     def due(self, now: float, limit: int = 100, *, key_start: str = "") -> list[Delivery]:
-        """What is to be tried at `now`, the oldest first; only what has a key with this start."""
+        """What is to be tried at `now`, the oldest first; only what has a key with this start.
+        Of each sweep only its oldest notice, which the others have to wait for."""
         table = schema.deliveries
         shown = [column for column in table.c if column.name != "delivered_at"]
-        wanted = (table.c.due_at <= now) & table.c.key.startswith(key_start, autoescape=True)
+        mine = table.c.due_at.is_not(None) & table.c.key.startswith(key_start, autoescape=True)
+        oldest = select(func.min(table.c.id)).where(mine).group_by(table.c.sweep_id)
+        wanted = table.c.id.in_(oldest) & (table.c.due_at <= now)
         statement = select(*shown).where(wanted).order_by(table.c.id).limit(limit)
         with reading(self._engine) as db:
             return [Delivery(**row._mapping) for row in db.execute(statement)]
@@ -75,6 +78,14 @@ class Deliveries:
         with reading(self._engine) as db:
             waiting = select(func.count()).where(table.c.due_at.is_not(None))
             return db.execute(waiting).scalar_one()
+
+    def give_up_others(self, key_starts: Iterable[str], error: str) -> int:
+        """Give up whatever waits under a key with none of these starts; tell how many those are."""
+        table = schema.deliveries
+        others = [~table.c.key.startswith(start, autoescape=True) for start in key_starts]
+        statement = table.update().where(table.c.due_at.is_not(None), *others)
+        with writing(self._engine) as db:
+            return db.execute(statement.values(due_at=None, error=error)).rowcount
 
     def delivered(self, delivery_id: int, at: float) -> None:
         """Note that a notice has arrived."""

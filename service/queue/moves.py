@@ -12,7 +12,7 @@ the job has obeyed. Any other sweep obeys at once.
 from collections.abc import Mapping
 from typing import Any
 
-from service.queue.records import Conflict, SweepRecord, Verb, Want
+from service.queue.records import Conflict, Summary, SweepRecord, Verb, Want
 from service.states import ACTS, WAITS, State
 
 Changes = Mapping[str, Any]
@@ -83,6 +83,12 @@ def requeued() -> Changes:
         "gangs_held": 0,
         "ended_at": None,
     }
+
+
+def has_got_on(before: Summary, after: Summary) -> bool:
+    """Whether stages have finished between the two: what is lost then is not lost in a row."""
+    done = after.trainings_done + after.finals_done
+    return done > before.trainings_done + before.finals_done
 
 
 def claimed(record: SweepRecord, gangs: int, now: float) -> Changes:

@@ -27,7 +27,7 @@ def choose(
     for record in acting:
         held[record.owner] += record.gangs_held
     chosen: list[tuple[SweepRecord, int | str]] = []
-    used, blocker = held.total(), None
+    used, is_blocked = held.total(), False
     for priority in sorted({record.priority for record in queued}, reverse=True):
         level = _Turns([record for record in queued if record.priority == priority], held, usage)
         while level:
@@ -35,11 +35,11 @@ def choose(
             quota = quotas.get(record.owner, Quota(record.owner))
             given = _given(record, quota, slots)
             verdict = _over_quota(quota, held[record.owner], given, _spent(usage, record.owner))
-            if verdict is None and blocker is not None:
-                verdict = f"behind {blocker.sweep_id}, which needs more gangs than are free"
+            if verdict is None and is_blocked:
+                verdict = "others are ahead, which need more gangs than are free"
             if verdict is None and (given < 1 or used + given > slots):
                 verdict = f"{used} of {slots} gangs are in use"
-                blocker = record
+                is_blocked = True
             if verdict is None:
                 held[record.owner] += given
                 used += given

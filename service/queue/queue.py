@@ -8,7 +8,7 @@ and written. Which sweep runs next is decided in `order`.
 import base64
 import binascii
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, func, select
@@ -50,9 +50,10 @@ class Queue:
         """Put a sweep in the queue; True if it wasn't there.
 
         With the key of an earlier submission of the user's, return that one's sweep; Conflict if
-        it was another request. A known sweep with the same digest is returned as it is. With
-        another, such as more budget, it takes the new request and its turn again; Conflict while
-        it acts. Forbidden: a reader, another's sweep, a priority over the user's quota.
+        it was another request. A known sweep with the same digest is returned as it is, or with the
+        new priority if it waits and is the user's to control. With another digest, such as more
+        budget, it takes the new request and its turn again; Conflict while it acts. Forbidden: a
+        reader, another's sweep, a priority over the user's quota.
         """
         if not user.role.includes(Role.SUBMITTER):
             raise Forbidden(f"{user.name} may only read; ask an admin for a submitter's token")
@@ -67,9 +68,19 @@ class Queue:
             if record is None or record.digest != new.digest:
                 _check_priority(db, new, user)
                 record = _entered(db, new, user, record)
+            elif record.priority != new.priority and _may_reorder(user, record):
+                _check_priority(db, new, user)
+                rows.tell(db, new.sweep_id, "submitted", user.name, _facts(new, is_new=False))
+                record = rows.change(db, record, {"priority": new.priority}, user.name)
             if key is not None:
                 _keep_key(db, user.name, key, new)
             return record, is_new
+
+    def of_key(self, user: str, key: str, digest: str) -> SweepRecord | None:
+        """The sweep that a user's key stands for, None for a new one; Conflict as `submit`."""
+        with reading(self._engine) as db:
+            known = _sweep_of_key(db, user, key, digest)
+            return None if known is None else _get(db, known)
 
     def get(self, sweep_id: str) -> SweepRecord:
         """The sweep of this id, with its plan; UnknownSweep."""
@@ -167,12 +178,14 @@ class Queue:
         state: State | None = None,
         reason: str | None = None,
         summary: Summary | None = None,
+        earlier_s: float = 0.0,
     ) -> bool:
         """Write how far the attempt that `record` knows has come; False, and nothing written, if
         the sweep has moved on: another attempt, or at rest by somebody's word.
 
         A state takes its reason with it, a reason alone leaves the state. Being paused, queued
         again or ended frees the gangs. What was asked in between is kept: see `moves.advanced`.
+        `earlier_s`: worker-seconds of the summary that were spent before the first attempt.
         """
         with writing(self._engine) as db:
             now = rows.first(db, rows.WITHOUT_PLAN.where(_sweeps.sweep_id == record.sweep_id))
@@ -183,10 +196,28 @@ class Queue:
             if state is not None and not moves.may_advance(record, now, state):
                 return False
             if summary is not None:
-                now = rows.change_summary(db, now, summary)
+                now = rows.change_summary(db, now, summary, earlier_s)
             if state is not None:
                 rows.change(db, now, moves.advanced(now, state, reason, time.time()), None)
             return True
+
+    def hold(self, reasons: Iterable[tuple[SweepRecord, str]]) -> None:
+        """Write why sweeps wait, all in one transaction: those that still do, and for another
+        reason than the record knows."""
+        new = [
+            (record, reason)
+            for record, reason in reasons
+            if (record.state, record.reason) != (State.WAITING, reason)
+        ]
+        if not new:
+            return
+        with writing(self._engine) as db:
+            for seen, reason in new:
+                known = (_sweeps.sweep_id == seen.sweep_id) & (_sweeps.attempt == seen.attempt)
+                now = rows.first(db, rows.WITHOUT_PLAN.where(known))
+                if now is not None and moves.may_advance(seen, now, State.WAITING):
+                    changes = moves.advanced(now, State.WAITING, reason, time.time())
+                    rows.change(db, now, changes, None)
 
     def events(
         self, after: int = 0, *, sweep_id: str | None = None, limit: int = 1000
@@ -290,13 +321,28 @@ def _keep_key(db: Connection, user: str, key: str, new: NewSweep) -> None:
     db.execute(schema.keys.insert().values(at=time.time(), **row))
 
 
+def _may_reorder(user: User, record: SweepRecord) -> bool:
+    """Whether the user may give a sweep that they have submitted again another place."""
+    is_theirs = record.owner == user.name or user.role.includes(Role.ADMIN)
+    return is_theirs and record.state in WAITS and not moves.is_acting(record)
+
+
+def _facts(new: NewSweep, *, is_new: bool) -> dict[str, Any]:
+    return {
+        "name": new.name,
+        "digest": new.digest,
+        "priority": new.priority,
+        "gangs": new.gangs,
+        "is_new": is_new,
+    }
+
+
 def _entered(db: Connection, new: NewSweep, user: User, known: SweepRecord | None) -> SweepRecord:
     """A sweep that takes its place in the queue: a new one, or one with another request."""
-    facts = {"name": new.name, "digest": new.digest, "priority": new.priority, "gangs": new.gangs}
     if known is None:
         first_values = {**moves.requeued(), "attempt": 0, "submitted_at": time.time()}
         rows.insert(db, new, first_values, user.name)
-        rows.tell(db, new.sweep_id, "submitted", user.name, {**facts, "is_new": True})
+        rows.tell(db, new.sweep_id, "submitted", user.name, _facts(new, is_new=True))
         return _get(db, new.sweep_id)
     _check_may_control(user, known, Verb.RESUME)
     if moves.is_acting(known):
@@ -305,7 +351,7 @@ def _entered(db: Connection, new: NewSweep, user: User, known: SweepRecord | Non
             "pause it first, then submit again"
         )
     record = rows.replace_request(db, known, new)
-    rows.tell(db, new.sweep_id, "submitted", user.name, {**facts, "is_new": False})
+    rows.tell(db, new.sweep_id, "submitted", user.name, _facts(new, is_new=False))
     return rows.change(db, record, moves.requeued(), user.name)
 
 

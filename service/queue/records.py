@@ -112,7 +112,8 @@ class SweepRecord:
     wanted_by: str | None
     attempt: int
     restarts: int
-    """How often it was started again after its job was lost, since somebody last asked for it."""
+    """How often it was started again after its job was lost, since somebody last asked for it
+    or a stage of it finished."""
     gangs_held: int
     submitted_at: float
     started_at: float | None

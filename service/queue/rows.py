@@ -8,7 +8,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Row, Select, select
 
 from service.queue import schema
-from service.queue.moves import Changes
+from service.queue.moves import Changes, has_got_on
 from service.queue.records import NewSweep, QueueEvent, Summary, SweepRecord
 
 _SUMMARY: Final = tuple(field.name for field in fields(Summary))
@@ -65,16 +65,22 @@ def change(db: Connection, record: SweepRecord, changes: Changes, by: str | None
     return changed
 
 
-def change_summary(db: Connection, record: SweepRecord, summary: Summary) -> SweepRecord:
-    """Write how far the sweep is, what it has spent since, and the event, if that is news."""
+def change_summary(
+    db: Connection, record: SweepRecord, summary: Summary, earlier_s: float = 0.0
+) -> SweepRecord:
+    """Write how far the sweep is, what it has spent since, and the event, if that is news.
+    `earlier_s`: worker-seconds that it spent before its first attempt, which are nobody's. Whoever
+    gets on is not lost in a row: the count of restarts begins anew."""
     if summary == record.summary:
         return record
     db.execute(schema.sweeps.update().where(_is(record)).values(asdict(summary)))
-    spent = summary.worker_seconds - record.summary.worker_seconds
+    spent = summary.worker_seconds - max(record.summary.worker_seconds, earlier_s)
     if spent > 0:
         _spend(db, record.owner, int(time.time() // 3600), spent)
     tell(db, record.sweep_id, "summary", None, asdict(summary))
-    return replace(record, summary=summary)
+    got_on = has_got_on(record.summary, summary)
+    record = replace(record, summary=summary)
+    return change(db, record, {"restarts": 0}, None) if got_on else record
 
 
 def tell(

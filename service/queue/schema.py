@@ -81,6 +81,14 @@ sweeps = Table(
     sqlite_autoincrement=True,
 )
 
+service = Table(
+    "service",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("home", Text, nullable=False),
+)
+"""The one home whose sweeps these are: its folder, and what HOME/service.id holds."""
+
 plans = Table(
     "plans",
     metadata,

@@ -39,7 +39,7 @@ quota set USER --gangs --gpu-hours --max-priority --window-days --home --databas
 recipes [NAME] -o/--output
 report [SWEEP] --home --server --token -o/--output --open
 resume SWEEP --server --token -o/--output
-run SWEEP_FILE -S --home --num-cpus --address --tracking-uri --no-tracking -o/--output
+run SWEEP_FILE -S --home --num-cpus --address --tracking-uri --no-tracking --expect -o/--output
 schema [OF]
 score CHECKPOINT --data --tokens --tokenizer --limit --window --stride --variant --documents -S \
 --recipe --entry --dtype --workers --budget-seconds --home -o/--output

@@ -14,12 +14,12 @@ from typing import Any
 import httpx2
 import pytest
 
-from service.api import feed
+from service.api import feed, stream
 from service.api.services import Services
-from service.queue.records import Verb
+from service.queue.records import Role, Verb
 from service.states import State
 from tests.api_home import ANN, Home, advance, enqueue
-from tests.serving import opened_service, served
+from tests.serving import opened_service, served, token
 from trainer.runtime.files import write_bytes
 
 ENOUGH = {"requests_per_second": 1e6, "burst": 1_000_000}
@@ -313,7 +313,7 @@ def test_a_broken_place_in_the_queues_stream_is_refused(last: str, services: Ser
 def test_more_listeners_than_may_are_told_to_come_back(
     services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feed, "MAX_LISTENERS", 2)
+    monkeypatch.setattr(stream, "MAX_LISTENERS", 2)
 
     async def ask(address: str) -> tuple[int, int]:
         async with calling(address) as client, asyncio.timeout(PATIENCE_S):
@@ -330,6 +330,52 @@ def test_more_listeners_than_may_are_told_to_come_back(
 
     with served(services) as http:
         assert asyncio.run(ask(str(http.base_url))) == (503, 200)
+
+
+def test_one_user_has_some_of_the_seats_and_leaves_the_others_to_the_rest(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "MAX_OF_USER", 2)
+    ann, ben = token(services, "ann", "reader"), token(services, "ben", "reader")
+
+    async def ask(address: str) -> tuple[int, int]:
+        async with calling(address) as client, asyncio.timeout(PATIENCE_S):
+            url = "/api/v1/events"
+            async with (
+                client.stream("GET", url, headers=ann),
+                client.stream("GET", url, headers=ann),
+                client.stream("GET", url, headers=ben) as other,
+            ):
+                full = await client.get(url, headers=ann)
+                assert int(full.headers["Retry-After"]) > 0
+                return full.status_code, other.status_code
+
+    with served(services) as http:
+        assert asyncio.run(ask(str(http.base_url))) == (429, 200)
+
+
+def test_a_stream_ends_soon_after_its_token_is_revoked(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "KEEP_ALIVE_S", 0.2)
+    record, secret = services.tokens.create("ann", Role.READER)
+    headers = {"Authorization": f"Bearer {secret}"}
+
+    async def lines(address: str) -> int:
+        num = 0
+        async with (
+            calling(address) as client,
+            asyncio.timeout(PATIENCE_S / 4),
+            client.stream("GET", "/api/v1/events", headers=headers) as response,
+        ):
+            async for line in response.aiter_lines():
+                num += line.startswith(":")
+                if num == 4:
+                    await asyncio.to_thread(services.tokens.revoke, record.id)
+        return num
+
+    with served(services) as http:
+        assert 4 <= asyncio.run(lines(str(http.base_url))) <= 6
 
 
 def test_a_silent_stream_is_kept_alive(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:

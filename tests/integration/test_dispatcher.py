@@ -1,5 +1,6 @@
 """The dispatcher on real processes: it starts, watches and ends sweeps, and may die meanwhile."""
 
+import json
 import os
 import random
 import signal
@@ -16,7 +17,8 @@ from service.jobs.runner import Job, JobState
 from service.queue.records import Quota, Role, User, Verb
 from service.states import ACTS, State
 from tests.dispatching import ALICE, ROOT, Home, Killable, kill_group, local_runner, wait_until
-from trainer.errors import BackendError
+from tests.ledgers import Sweep
+from trainer.errors import BackendError, DataError
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -183,9 +185,38 @@ def test_a_lost_job_is_started_again_and_goes_on(home: Home):
 
     record = home.tick_until_state("one", *ENDED)
 
-    assert (record.state, record.attempt, record.restarts) == (State.SUCCEEDED, 3, 2)
+    assert (record.state, record.attempt, record.restarts) == (State.SUCCEEDED, 3, 0)
     reasons = [event.facts.get("reason") for event in home.queue.events(sweep_id=record.sweep_id)]
     assert "its job was lost (killed by SIGKILL); restart 1 of 2" in reasons
+    assert "its job was lost (ended with exit code 1); restart 2 of 2" in reasons
+
+
+def test_a_sweep_that_gets_on_between_its_losses_is_not_given_up(home: Home):
+    home.submit("one", dies={"1": "kill", "2": "kill"}, dies_late={"3": "kill"})
+
+    def ends_between_ticks() -> bool:
+        phase = home.files("one", home.record("one").attempt).state().phase
+        wait_until(lambda: home.files("one", home.record("one").attempt).state().phase != "running")
+        return phase == "ended" and home.state("one") in ENDED
+
+    home.tick_until(ends_between_ticks)
+
+    assert (home.state("one"), home.record("one").attempt) == (State.SUCCEEDED, 4)
+
+
+def test_a_lost_job_rests_before_it_is_started_again_unless_somebody_resumes_it(home: Home):
+    home.dispatcher.patience = Patience(restarts_s=(60.0,))
+    home.submit("one", dies={"1": "kill"})
+    lost = home.tick_until_state("one", State.QUEUED, State.STARTING)
+    home.tick_until(lambda: home.record("one").restarts == 1)
+
+    for _ in range(3):
+        home.dispatcher.tick()
+    assert (home.state("one"), home.record("one").attempt) == (State.QUEUED, 1)
+
+    home.queue.ask(lost.sweep_id, Verb.PAUSE, ALICE)
+    home.queue.ask(lost.sweep_id, Verb.RESUME, ALICE)
+    assert home.tick_until_state("one", *ENDED).attempt == 2
 
 
 def test_a_sweep_whose_jobs_are_lost_again_and_again_is_lost(home: Home):
@@ -275,6 +306,85 @@ def test_who_has_spent_their_gpu_hours_is_paused(home: Home):
     assert home.state("hers") in ACTS
 
 
+def test_what_runs_counts_towards_the_gpu_hours_before_it_ends(home: Home):
+    home.quotas.put(Quota("bob", gpu_hours=8 * 0.5 / 3600))  # half a second of its 8 workers
+    home.submit("his", user=BOB, seconds=60)
+    home.tick_until_state("his", State.RUNNING)
+
+    record = home.tick_until_state("his", State.PAUSED)
+
+    assert record.reason == "paused by quota"
+    assert record.summary.worker_seconds == 0.0
+
+
+def test_what_was_spent_by_hand_before_the_submission_is_not_charged(home: Home):
+    by_hand = Sweep(home.paths.home, sweep_id="one-0123456789ab")
+    with by_hand.open() as ledger:
+        by_hand.start(ledger)
+        by_hand.train(ledger, by_hand.train_points()[0])
+        by_hand.finish(ledger)
+    home.submit("one")
+
+    total_s = home.tick_until_state("one", *ENDED).summary.worker_seconds
+
+    assert home.queue.usage(time.time())["alice"] == (0, pytest.approx(total_s - 8 * 600.0))
+
+
+def test_an_order_is_given_again_to_a_driver_whose_clock_is_ahead(home: Home):
+    home.submit("one", seconds=60, is_deaf=True)
+    sweep_id = home.tick_until_state("one", State.RUNNING).sweep_id
+    home.queue.ask(sweep_id, Verb.PAUSE, ALICE)
+    home.dispatcher.tick()
+    control = home.paths.sweep(sweep_id).control
+    first = json.loads(control.read_text())
+    home.dispatcher.tick()
+    assert json.loads(control.read_text()) == first
+
+    control.write_text(json.dumps(first | {"at": first["at"] - 40.0}))
+    home.dispatcher.tick()
+
+    assert json.loads(control.read_text())["at"] >= first["at"]
+
+
+def test_a_sweep_that_cannot_be_looked_at_keeps_no_other_waiting(home: Home):
+    home.submit("one", seconds=60)
+    home.submit("two")
+    sweep_id = home.tick_until_state("one", State.RUNNING).sweep_id
+    kill(home, "one")
+    wait_until(lambda: home.files("one").state().phase == "ended")
+    record = home.paths.sweep(sweep_id).jobs / "1.json"
+    whole = record.read_text()
+    record.write_text("{")
+    home.restarted()  # which looks for strays as well
+
+    def two_has_ended() -> bool:
+        with pytest.raises(DataError, match=r"1\.json: not readable"):
+            home.dispatcher.tick()
+        return home.state("two") in ENDED
+
+    try:
+        wait_until(two_has_ended)
+    finally:
+        record.write_text(whole)
+
+    assert home.state("two") == State.SUCCEEDED
+
+
+def test_a_start_leaves_the_reasons_of_those_that_wait_behind_as_they_are(home: Home):
+    home.restarted(Idle())
+    for number in range(8):
+        home.submit(f"sweep{number}")
+    home.dispatcher.tick()
+    before = home.queue.last_event_id()
+    first = next(record for record in home.queue.acting() if record.name == "sweep0")
+    home.queue.advance(first, state=State.SUCCEEDED)
+
+    home.dispatcher.tick()
+
+    changed = {event.sweep_id.partition("-")[0] for event in home.queue.events(before)}
+    assert changed == {"sweep0", "sweep2", "sweep3"}  # ended, started, and now first in line
+
+
 def test_a_damaged_ledger_fails_its_own_sweep_and_no_other(home: Home):
     home.submit("one", seconds=60)
     home.submit("two")
@@ -289,6 +399,21 @@ def test_a_damaged_ledger_fails_its_own_sweep_and_no_other(home: Home):
     record = home.tick_until_state("one", *ENDED)
     assert record.state == State.FAILED
     assert "line 1 is damaged" in record.reason
+
+
+class Idle:
+    """A runner that starts nothing and says that all of it runs."""
+
+    name = "idle"
+
+    def check(self) -> None: ...
+
+    def start(self, job: Job) -> None: ...
+
+    def state(self, job: Job) -> JobState:
+        return JobState("running")
+
+    def stop(self, job: Job) -> None: ...
 
 
 class OutOfReach:
@@ -336,6 +461,26 @@ def test_while_the_cluster_is_out_of_reach_nothing_is_claimed_or_lost(home: Home
     finally:
         stop.set()
         thread.join()
+
+
+def test_jobs_out_of_reach_are_noticed_although_none_is_to_be_started(home: Home):
+    with pytest.raises(BackendError, match="no answer"):
+        home.restarted(OutOfReach()).tick()
+
+
+def test_what_runs_is_followed_by_its_files_while_the_cluster_is_out_of_reach(home: Home):
+    home.submit("one", seconds=3.0)
+    home.tick_until_state("one", State.RUNNING)
+    dispatcher = home.restarted(OutOfReach())
+
+    def has_ended() -> bool:
+        with pytest.raises(BackendError, match="no answer"):
+            dispatcher.tick()
+        return home.state("one").is_final()
+
+    wait_until(has_ended)
+
+    assert home.state("one") == State.SUCCEEDED
 
 
 NUM_KILLS, NUM_SWEEPS = 30, 14

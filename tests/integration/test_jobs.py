@@ -14,7 +14,11 @@ import pytest
 from service.jobs.files import JobFiles, running_attempts
 from service.jobs.local import LocalRunner
 from service.jobs.runner import Job, JobState
+from tests import tiny
 from tests.dispatching import ROOT, kill_group, wait_until
+from tests.serving import SWEEP, home_with
+from trainer.codec import to_yaml
+from trainer.data.shards import Dataset
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -75,9 +79,36 @@ def test_a_job_runs_the_sweep_in_its_bundle_and_its_exit_code_is_kept(bench: Ben
 
     state = bench.wait_until_ended()
 
-    words = ["sweep.yaml", "--home", str(bench.job.home), "--no-tracking", "-S", "a.b=c"]
+    words = ["sweep.yaml", "--home", str(bench.job.home), "--no-tracking"]
+    words += ["--expect", "sweep-1", "-S", "a.b=c"]
     assert state == JobState("ended", 3, "ended with exit code 3")
     assert bench.ran.read_text() == f"{bench.job.bundle} {words}\n"
+
+
+def test_a_submission_that_has_become_another_sweep_is_refused_by_its_job(
+    bench: Bench, tmp_path: Path, tiny_dataset: Dataset
+):
+    home_with(tmp_path, tiny_dataset)
+    for name, document in (("sweep", SWEEP), ("micro", tiny.recipe_data())):
+        (bench.job.bundle / f"{name}.yaml").write_text(to_yaml(document))
+    job = Job("micro-0123456789ab", 1, bench.job.home, bench.job.bundle)
+
+    LocalRunner().start(job)
+    wait_until(lambda: LocalRunner().state(job).phase == "ended", 90)
+
+    assert LocalRunner().state(job).exit_code == 2
+    said = job.log.read_text().splitlines()[1:]
+    assert len(said) == 1
+    assert said[0].startswith("this submission is sweep micro-")
+    assert said[0].endswith("by now (code, data or a recipe has changed); submit it again")
+    assert [folder.name for folder in (bench.job.home / "sweeps").iterdir()] == [job.sweep_id]
+
+
+def test_a_runner_forgets_the_processes_of_jobs_that_have_ended(bench: Bench):
+    runner = bench.start(RECORD)
+    wait_until(lambda: runner.state(bench.job).phase == "ended")
+
+    assert runner._started == {}
 
 
 def test_all_that_a_job_says_is_in_the_log_of_its_sweep(bench: Bench):

@@ -24,9 +24,13 @@ from service.notices import GIVE_UP_S, Notice, Notices, Told, notices_of
 from service.paths import Paths
 from service.queue.database import default_url, open_database
 from service.queue.deliveries import Deliveries
+from service.queue.queue import Queue
+from service.queue.records import Summary, SweepRecord, Verb
+from service.states import State
 from service.tails import Tails
 from tests.ledgers import CLIP, EMA, PRUNE, START, WARMDOWN, Sweep
 from tests.mlflow_server import free_port
+from tests.queues import ANN, new_sweep
 
 MANY = {WARMDOWN: [2500], EMA: [0.997], CLIP: ["none", "p5"], PRUNE: [0.0, 0.03, 0.06, 0.1]}
 NOTIFIER = """
@@ -36,11 +40,13 @@ from service.notices import Notices
 from service.paths import Paths
 from service.queue.database import default_url, open_database
 from service.queue.deliveries import Deliveries
+from service.queue.queue import Queue
 from service.tails import Tails
 logging.basicConfig()
 paths = Paths(Path(sys.argv[1]))
-deliveries = Deliveries(open_database(default_url(paths)))
-Notices(paths, deliveries, Tails(paths), sys.argv[2:], "secret").run_forever(threading.Event())
+engine = open_database(default_url(paths))
+parts = Queue(engine), Deliveries(engine), Tails(paths)
+Notices(paths, *parts, sys.argv[2:], "secret").run_forever(threading.Event())
 """
 
 
@@ -99,7 +105,29 @@ class Home:
 
     def notices(self, *webhooks: str, secret: str | None = None) -> Notices:
         """A sender that knows nothing but what is on disk."""
-        return Notices(self.paths, Deliveries(self.engine), Tails(self.paths), webhooks, secret)
+        parts = Queue(self.engine), Deliveries(self.engine), Tails(self.paths)
+        return Notices(self.paths, *parts, webhooks, secret)
+
+    @property
+    def queue(self) -> Queue:
+        return Queue(self.engine)
+
+    def claimed(self, sweep_id: str) -> SweepRecord:
+        """A sweep of the queue whose attempt is under way."""
+        self.queue.submit(new_sweep(sweep_id, sweep_id=sweep_id), ANN)
+        return self.attempt(sweep_id)
+
+    def attempt(self, sweep_id: str) -> SweepRecord:
+        record = self.queue.claim(sweep_id, 1)
+        assert record is not None
+        return record
+
+    def end(self, record: SweepRecord, state: State, reason: str | None = None) -> None:
+        """Tell the queue that an attempt is over, with what the ledger has by then."""
+        ledger = self.paths.sweep(record.sweep_id).ledger
+        num_events = len(list(read(ledger))) if ledger.is_file() else 0
+        summary = Summary(num_events=num_events)
+        assert self.queue.advance(record, state=state, reason=reason, summary=summary)
 
     def sweep(self, sweep_id: str = "told-1", *, seed: int = 1337) -> Sweep:
         """A sweep that begins now."""
@@ -304,6 +332,110 @@ def test_a_webhook_that_left_the_settings_is_called_no_more(home: Home) -> None:
 
     assert gone.posts == []
     assert home.num_waiting() == 0
+
+
+def test_with_no_webhook_left_nothing_waits(home: Home) -> None:
+    stop = threading.Event()
+    home.sweep().write()
+    home.notices("http://127.0.0.1:9/gone").collect()
+    before = home.num_waiting()
+
+    sender = threading.Thread(target=home.notices().run_forever, args=(stop,))
+    sender.start()
+    try:
+        until(lambda: home.num_waiting() == 0, 10)
+    finally:
+        stop.set()
+        sender.join()
+
+    assert before > 0
+
+
+def test_a_sweep_whose_notices_are_stuck_hides_no_other(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.notices._MOST_ROWS", 2)
+    receiver = Receiver(lambda body: 500 if body["sweep"] == "stuck-1" else 204)
+    home.sweep("stuck-1").write()
+    home.notices(receiver.url).collect()
+    home.sweep("told-1").write()
+    num_stuck = home.num_waiting()
+
+    with receiver.running():
+        home.notices(receiver.url).step()
+
+    assert num_stuck > 2
+    assert [body["kind"] for body in receiver.bodies][-1] == "done"
+    assert {body["sweep"] for body in receiver.bodies} == {"told-1"}
+    assert home.num_waiting() == num_stuck
+
+
+def test_an_end_of_which_the_ledger_says_nothing_is_told_from_the_queue(home: Home) -> None:
+    receiver = Receiver()
+    started = {name: home.claimed(name) for name in ("lost-1", "unborn-1", "killed-1")}
+    for name in ("lost-1", "killed-1"):
+        sweep = home.sweep(name)
+        with sweep.open() as writer:
+            sweep.start(writer)
+            sweep.score(writer, sweep.final_points(sweep.train_points()[0])[0])
+    home.queue.submit(new_sweep("waits-1", sweep_id="waits-1"), ANN)
+
+    home.end(started["lost-1"], State.LOST, "its job was lost 3 times")
+    home.end(started["unborn-1"], State.FAILED, "sweep.yaml: no such knob")
+    home.queue.ask("killed-1", Verb.CANCEL, ANN)
+    home.end(started["killed-1"], State.CANCELLED, "cancelled by ann")
+    home.queue.ask("waits-1", Verb.CANCEL, ANN)
+    with receiver.running():
+        home.notices(receiver.url).step()
+        home.notices(receiver.url).step()
+
+    done = {body["sweep"]: body for body in receiver.bodies if body["kind"] == "done"}
+    assert len(receiver.bodies) == len(done) + 2  # the best of the two that scored something
+    assert [body["kind"] for body in receiver.bodies if body["sweep"] == "lost-1"][-1] == "done"
+    assert {name: body["text"].partition("; ")[0] for name, body in done.items()} == {
+        "lost-1": "lost-1: lost: its job was lost 3 times",
+        "unborn-1": "unborn-1: failed: sweep.yaml: no such knob",
+        "killed-1": "killed-1: cancelled: cancelled by ann",
+        "waits-1": "waits-1: cancelled: cancelled by ann",
+    }
+    assert done["lost-1"]["facts"]["best"]["val_bpb"] > 1.0
+    assert done["unborn-1"]["facts"]["best"] is None
+
+
+def test_an_end_is_told_once_though_both_ledger_and_queue_tell_of_it(home: Home) -> None:
+    receiver, sweep = Receiver(), home.sweep()
+    notices = home.notices(receiver.url)
+
+    def finish(state: str, **facts: Any) -> None:
+        with sweep.open() as writer:
+            sweep.start(writer)
+            writer.append("sweep_finished", at=time.time(), state=state, cache_hits=0, **facts)
+
+    with receiver.running():
+        first = home.claimed("told-1")
+        finish("stopped", reason="its budget is spent")
+        home.end(first, State.STOPPED, "its budget is spent")
+        notices.step()
+        home.queue.ask("told-1", Verb.RESUME, ANN)
+        home.queue.ask("told-1", Verb.STOP, ANN)  # before it was started again
+        notices.step()
+        home.queue.ask("told-1", Verb.RESUME, ANN)
+        second = home.attempt("told-1")
+        finish("stopped", reason="paused by ann", order="pause")
+        home.end(second, State.PAUSED, "paused by ann")
+        notices.step()
+        home.queue.ask("told-1", Verb.CANCEL, ANN)
+        notices.step()
+        home.queue.ask("told-1", Verb.RESUME, ANN)
+        home.end(home.attempt("told-1"), State.FAILED, "no such knob")
+        home.notices(receiver.url).step()
+
+    assert [body["text"].partition(": ")[2] for body in receiver.bodies] == [
+        "stopped: its budget is spent",
+        "stopped: stopped by ann",
+        "cancelled: cancelled by ann",
+        "failed: no such knob",
+    ]
 
 
 def test_one_damaged_ledger_keeps_no_other_sweep_from_being_told(

@@ -306,6 +306,21 @@ def test_a_sweep_that_another_process_writes_is_left_to_it(
     assert {run.info.status for run in runs_of(client, "shared-1").values()} == {"FINISHED"}
 
 
+def test_what_another_process_writes_lags_only_as_far_as_it_has_not_come(tmp_path: Path) -> None:
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    sweep = small(tmp_path, "theirs-1")
+    folder, outbox = sweep.paths.sweep("theirs-1"), Outbox(sweep.paths, nowhere)
+    with sweep.open() as writer, only_projector(folder, patience_s=0.0):
+        sweep.start(writer)
+        is_all_there = outbox.step()
+        lag = outbox.health().lag_events
+        folder.tracking.write_text(json.dumps({"uri": nowhere, "num_events": 1}))
+        is_all_there_then = outbox.step()
+
+    assert (is_all_there, lag) == (False, {"theirs-1": 1})
+    assert (is_all_there_then, outbox.health().lag_events) == (True, {})
+
+
 def test_a_ledger_that_was_begun_anew_is_written_from_its_start(
     tmp_path: Path, uri: str, client: Any
 ) -> None:

@@ -230,6 +230,32 @@ def test_a_cancel_over_http_ends_a_sweep_that_runs(tmp_path: Path, monkeypatch: 
     assert shown["gangs_held"] == 0
 
 
+def test_mlflows_address_is_on_no_command_line(tmp_path: Path):
+    uri = "http://ada:hunter2@127.0.0.1:9"
+    with (
+        opened_service(tmp_path / "home", runner=local_runner(), tracking_uri=uri) as services,
+        working(services),
+    ):
+        told = services.paths.outbox
+        until(told.is_file)
+        [child] = [
+            words
+            for path in Path("/proc").glob("[0-9]*/cmdline")
+            if str(services.paths.home).encode() in (words := read_or_nothing(path))
+            and b"service.outbox" in words
+        ]
+
+    assert b"hunter2" not in child
+    assert json.loads(told.read_text())["uri"].endswith("127.0.0.1:9")
+
+
+def read_or_nothing(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it has ended
+        return b""
+
+
 def test_a_process_beside_the_service_is_started_again_when_it_dies_and_ended_with_it(
     tmp_path: Path,
 ):

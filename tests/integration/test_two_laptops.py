@@ -23,7 +23,6 @@ from service.jobs.local import LocalRunner
 from service.queue.records import Quota
 from tests.serving import home_with, opened_service, served, submission, token
 from trainer.data.shards import Dataset
-from trainer.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 90.0
@@ -247,11 +246,6 @@ def test_the_python_client_follows_a_sweep_to_its_end(
     assert events[-1].name == "end"
     assert sweep["best"]["final"] == finals[0]["final"]
     assert len(finals) == sweep["progress"]["finals_total"]
-
-
-def test_a_token_never_travels_in_clear_beyond_this_machine() -> None:
-    with pytest.raises(UsageError, match="the token would travel in clear; use https"):
-        Client("http://fairway.example", "fwy_secret")
 
 
 def test_a_service_that_is_not_there_is_told_in_one_line_with_exit_5(tmp_path: Path) -> None:

@@ -74,6 +74,33 @@ def test_a_service_behind_a_proxy_is_never_open(tmp_path: Path):
         assert client.get("/api/v1/me").status_code == 401
 
 
+@pytest.mark.parametrize(
+    "name", ["X-Forwarded-For", "Forwarded", "x-forwarded-proto", "X-Real-IP", "Via"]
+)
+def test_what_a_proxy_passes_on_is_nobodys_admin(services: Services, name: str):
+    with client_of(services) as client:
+        passed_on = client.get("/api/v1/me", headers={name: "127.0.0.1"})
+
+        assert passed_on.status_code == 401
+        assert client.get("/api/v1/me").status_code == 200
+
+
+def test_another_machine_is_nobodys_admin(services: Services):
+    with client_of(services, client=("192.0.2.7", 50_000)) as client:
+        assert client.get("/api/v1/me").status_code == 401
+
+
+def test_a_token_that_was_made_and_revoked_between_two_requests_closes_the_service(
+    services: Services,
+):
+    with client_of(services) as client:
+        assert client.get("/api/v1/me").status_code == 200
+        record, _ = services.tokens.create("ada", Role.ADMIN)
+        services.tokens.revoke(record.id)
+
+        assert client.get("/api/v1/me").status_code == 401
+
+
 def test_a_revoked_token_opens_nothing_within_a_second_or_two(services: Services):
     record, secret = services.tokens.create("ada", Role.ADMIN)
     header = {"Authorization": f"Bearer {secret}"}
@@ -115,6 +142,36 @@ def test_probes_need_no_token(team, path: str):
     services, _ = team
     with client_of(services) as client:
         assert client.get(path).status_code in (200, 503)
+
+
+def test_a_service_whose_dispatcher_hangs_is_not_ready(services: Services):
+    dispatcher = services.dispatcher
+    assert dispatcher is not None
+    with client_of(services) as client:
+        dispatcher.ticked_at = time.time() - 50
+        in_time = client.get("/readyz").json()["jobs"]
+        dispatcher.ticked_at = time.time() - 70
+        answer = client.get("/readyz")
+
+    assert in_time["ok"]
+    assert answer.status_code == 503
+    assert "has not come through" in answer.json()["jobs"]["detail"]
+
+
+def test_a_database_out_of_reach_is_told_without_its_address(
+    services: Services, caplog: pytest.LogCaptureFixture
+):
+    with client_of(services) as client:
+        database = services.paths.home / "service.db"
+        services.engine.dispose()
+        for file in services.paths.home.glob("service.db*"):
+            file.unlink()
+        database.mkdir()
+        answer = client.get("/api/v1/sweeps")
+
+    assert answer.status_code == 503
+    assert answer.json()["detail"] == "the database is out of reach; try again later"
+    assert "service.db" in caplog.text
 
 
 def test_roles_may_do_what_they_should_and_no_more(team):

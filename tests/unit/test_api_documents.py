@@ -72,6 +72,12 @@ def detail(record: SweepRecord, sweep: Sweep | None = None) -> dict[str, Any]:
     return found
 
 
+def test_a_list_which_has_no_plans_shows_the_cap_of_a_sweep_that_has_not_begun() -> None:
+    listed = replace(RECORD, plan={}, summary=Summary(cap_bytes=16_000_000))
+
+    assert sweep_document(listed)["cap_bytes"] == 16_000_000
+
+
 def test_a_queued_sweep_tells_its_plan_before_anything_has_run() -> None:
     found = detail(RECORD)
 

@@ -168,6 +168,31 @@ def test_each_user_has_a_rate_of_their_own_and_guessing_tokens_costs_more(tmp_pa
     assert wrong == [401, 401, 401, 429, 429]
 
 
+def test_writing_without_a_token_costs_as_much_as_with_a_wrong_one(tmp_path: Path):
+    with opened_service(tmp_path / "home", requests_per_second=0.01, burst=30) as services:
+        token(services, "ann", "reader")
+        with client_of(services) as client:
+            wrote = [client.post("/api/v1/sweeps/a:stop").status_code for _ in range(5)]
+        with client_of(services) as client:
+            read = [client.get("/api/v1/me").status_code for _ in range(5)]
+
+    assert wrote == [401, 401, 401, 429, 429]
+    assert read == [401] * 5
+
+
+def test_a_good_token_opens_where_others_have_emptied_the_addresss_bucket(tmp_path: Path):
+    with opened_service(tmp_path / "home", requests_per_second=0.01, burst=5) as services:
+        header = token(services, "ann", "reader")
+        with client_of(services) as client:
+            others = [client.get("/api/v1/me").status_code for _ in range(6)]
+            wrong = client.get("/api/v1/me", headers={"Authorization": f"Bearer {TOKEN}"})
+            good = client.get("/api/v1/me", headers=header)
+
+    assert others == [401] * 5 + [429]
+    assert wrong.status_code == 429
+    assert good.json()["user"] == "ann"
+
+
 def test_a_bucket_fills_again_and_only_the_last_keys_are_kept():
     now = [0.0]
     limiter = RateLimiter(2.0, 3, max_keys=100, clock=lambda: now[0])

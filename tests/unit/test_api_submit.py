@@ -84,6 +84,22 @@ def test_a_key_that_was_used_for_something_else_is_a_conflict(client: TestClient
     assert "k-2" in answer.json()["detail"]
 
 
+def test_a_key_that_is_known_is_answered_without_planning_again(
+    client: TestClient, services: Services
+):
+    headers = {"Idempotency-Key": "k-3"}
+    first = client.post("/api/v1/sweeps", json=submission(name="once"), headers=headers)
+    data = services.paths.home / "data"
+    data.rename(services.paths.home / "away")  # without it nothing can be planned
+    try:
+        again = client.post("/api/v1/sweeps", json=submission(name="once"), headers=headers)
+    finally:
+        (services.paths.home / "away").rename(data)
+
+    assert (first.status_code, again.status_code) == (201, 200)
+    assert again.json() == first.json()
+
+
 def test_validating_tells_the_plan_and_queues_nothing(client: TestClient, services: Services):
     body = submission(name="looked-at")
     looked = client.post("/api/v1/sweeps:validate", json=body).json()

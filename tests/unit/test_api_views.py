@@ -1,6 +1,10 @@
 """What the API shows of sweeps, asked as a client asks."""
 
+import os
+import threading
+import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +13,12 @@ from starlette.testclient import TestClient
 
 from service.api import page
 from service.api.logs import read_piece
+from service.outbox_health import OutboxHealth
 from service.queue.records import Role
 from service.states import State
 from tests.api_home import Home, advance, filled
 from tests.serving import client_of, opened_service
-from trainer.runtime.files import write_text
+from trainer.runtime.files import write_bytes, write_json, write_text
 
 ENOUGH = {"requests_per_second": 1e6, "burst": 1_000_000}
 
@@ -109,6 +114,33 @@ def test_the_detail_follows_the_ledger(home: Home, client: TestClient) -> None:
         "running": 0,
         "done": 1,
     }
+
+
+def damage(home: Home, sweep_id: str) -> None:
+    """Break the second line of a sweep's ledger."""
+    ledger = home.services.paths.sweep(sweep_id).ledger
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    write_bytes(ledger, b"".join([lines[0], b"{}\n", *lines[2:]]))
+
+
+def test_a_sweep_whose_ledger_is_damaged_is_shown_and_controlled(
+    home: Home, client: TestClient
+) -> None:
+    damage(home, home.running)
+
+    asked = client.post(f"/api/v1/sweeps/{home.running}:cancel")
+    advance_blindly(home, home.running, "events.jsonl: line 2 is damaged")
+    shown = get(client, f"/sweeps/{home.running}")
+
+    assert (asked.status_code, asked.json()["want"]) == (200, "cancel")
+    assert (shown["state"], shown["status"]) == ("failed", None)
+    assert shown["reason"] == "events.jsonl: line 2 is damaged"
+
+
+def advance_blindly(home: Home, sweep_id: str, reason: str) -> None:
+    """End a sweep as failed without a look at its ledger."""
+    queue = home.services.queue
+    assert queue.advance(queue.get(sweep_id), state=State.FAILED, reason=reason)
 
 
 def test_the_detail_links_to_mlflow_once_it_is_there(home: Home, client: TestClient) -> None:
@@ -293,6 +325,45 @@ def test_compare_prints_what_the_command_line_does(shared: Home, reader: TestCli
     assert answer.json()["contrasts"][0]["gain_bpb"] == 0.0
 
 
+def test_a_final_is_a_side_whatever_other_ledgers_are_damaged(
+    home: Home, client: TestClient
+) -> None:
+    final = get(client, f"/sweeps/{home.done}/finals", limit=1)["items"][0]["final"]
+    damage(home, home.over)  # which has finals of the same ids
+
+    answer = client.post("/api/v1/compare", json={"sides": [final[:12], final]})
+
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["contrasts"][0]["gain_bpb"] == 0.0
+
+
+def test_comparisons_are_worked_out_one_at_a_time_and_of_few_sides(
+    home: Home, client: TestClient
+) -> None:
+    pipe = home.services.paths.sweep("slow-000009").ledger
+    pipe.parent.mkdir(parents=True)
+    os.mkfifo(pipe)  # a ledger that takes long to read
+    body = {"sides": [home.done, "abcdef012345"]}
+    answers: list[int] = []
+
+    def ask() -> None:
+        answers.append(client.post("/api/v1/compare", json=body).status_code)
+
+    first = threading.Thread(target=ask)
+    first.start()
+    writer = pipe.open("wb")  # opens once the first has begun to read
+    busy = client.post("/api/v1/compare", json=body)
+    writer.close()
+    first.join()
+    pipe.unlink()
+    ask()
+
+    assert (busy.status_code, int(busy.headers["retry-after"]) > 0) == (503, True)
+    assert answers == [422, 422]  # there is no such final
+    many = client.post("/api/v1/compare", json={"sides": [home.done] * 9})
+    assert many.status_code == 422
+
+
 @pytest.mark.parametrize(
     "side", ["../../etc/passwd", "/etc/passwd", "x.yaml", "x.yml", "", "a b", "nothing-here"]
 )
@@ -345,7 +416,16 @@ def test_the_library_is_sent_plain_to_who_cannot_unpack_it(reader: TestClient) -
 
 
 @pytest.mark.parametrize(
-    "name", ["nope.js", "..%2Fapi%2Fapp.py", "%2e%2e%2fcli.py", "__init__.py", ".", "a%00.js"]
+    "name",
+    [
+        "nope.js",
+        "..%2Fapi%2Fapp.py",
+        "%2e%2e%2fcli.py",
+        "__init__.py",
+        ".",
+        "a%00.js",
+        "a" * 300 + ".js",
+    ],
 )
 def test_the_page_has_only_its_own_files(name: str, reader: TestClient) -> None:
     answer = reader.get(f"/ui/{name}")
@@ -364,3 +444,14 @@ def test_the_api_works_without_the_page(
     assert index.status_code == 404
     assert "/api/v1" in index.json()["detail"]
     assert get(reader, "/sweeps")["items"]
+
+
+def test_readyz_tells_how_far_mlflow_is_behind(home: Home, client: TestClient) -> None:
+    refused = {"a-1": "it is damaged"}
+    details: list[str] = []
+    for lag in ({}, {"a-1": 4, "b-1": 8}):
+        health = OutboxHealth(at=time.time(), lag_events=lag, refused=refused if lag else {})
+        write_json(home.services.paths.outbox, asdict(health))
+        details.append(client.get("/readyz").json()["tracking"]["detail"])
+
+    assert details == ["in reach", "in reach, 12 events behind, 1 sweep refused"]

@@ -52,7 +52,7 @@ def test_a_notice_is_made_once(deliveries: Deliveries) -> None:
 
 def test_a_failed_try_is_due_again_later(deliveries: Deliveries) -> None:
     deliveries.add("toy-1", *BEST)
-    deliveries.add("toy-1", *DONE)
+    deliveries.add("toy-2", *DONE)
     now = time.time()
     first, _ = deliveries.due(now, 10)
 
@@ -62,6 +62,33 @@ def test_a_failed_try_is_due_again_later(deliveries: Deliveries) -> None:
     assert keys_due(deliveries, now + 61) == ["best-7", "done"]
     again = deliveries.due(now + 61, 1)[0]
     assert (again.attempts, again.error) == (1, "connection refused")
+
+
+def test_the_notices_of_a_sweep_wait_for_its_oldest_and_hide_no_others(
+    deliveries: Deliveries,
+) -> None:
+    stuck = [(f"best-{number}", "new_best", {}) for number in range(30)]
+    deliveries.add_all("toy-1", 30, stuck)
+    deliveries.add("toy-2", *DONE)
+    now = time.time()
+
+    due = deliveries.due(now, 10)
+    deliveries.failed(due[0].id, "connection refused", now + 60)
+
+    assert [(row.sweep_id, row.key) for row in due] == [("toy-1", "best-0"), ("toy-2", "done")]
+    assert keys_due(deliveries, now) == ["done"]
+    deliveries.delivered(due[0].id, now)
+    assert keys_due(deliveries, now) == ["best-1", "done"]
+
+
+def test_what_nobody_waits_for_is_given_up_at_once(deliveries: Deliveries) -> None:
+    deliveries.add_all("toy-1", 9, [(f"a:{number}", "new_best", {}) for number in range(40)])
+    deliveries.add_all("toy-2", 9, [("b:done", "done", {}), ("b%:done", "done", {})])
+
+    assert deliveries.give_up_others(["b:"], "gone") == 41
+    assert keys_due(deliveries, time.time()) == ["b:done"]
+    assert deliveries.give_up_others([], "gone") == 1
+    assert deliveries.num_waiting() == 0
 
 
 def test_what_has_arrived_stays_so(deliveries: Deliveries) -> None:
@@ -83,7 +110,8 @@ def test_the_cursor_moves_with_the_notices_and_never_back(deliveries: Deliveries
 
     assert deliveries.seen("toy-1") == 20
     assert deliveries.seen("toy-2") == 0
-    assert keys_due(deliveries, time.time()) == ["best-7", "done"]
+    assert keys_due(deliveries, time.time()) == ["best-7"]
+    assert deliveries.num_waiting() == 2
 
 
 def test_notices_that_fail_midway_leave_neither_notice_nor_cursor(deliveries: Deliveries) -> None:

@@ -130,6 +130,12 @@ def test_what_a_killed_service_left_half_written_is_removed_by_the_next(home: Pa
     assert (kept / "sweep.yaml").is_file()
 
 
+def test_assignments_fit_on_a_command_line(planner: Planner):
+    long = [f"name={'x' * 4_000}"] * 17
+
+    assert "assignments: more than 65536 bytes" in refusal(planner, sweep(*long))
+
+
 def test_a_price_is_told_where_it_is_known(planner: Planner):
     budget = {"gpu_hours": 1, "usd_per_gpu_hour": 2.5}
 
@@ -195,6 +201,7 @@ def test_nothing_of_the_server_can_be_named(
         ("leaves.yaml", "neither shipped nor part"),
         ("pipe.yaml", "no file"),
         ("none.yaml", "no file"),
+        ("a" * 300 + ".yaml", "no file"),
     ],
 )
 def test_a_root_is_not_left(planner: Planner, root: Path, name: str, said: str):

@@ -9,12 +9,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Engine
+from sqlalchemy.event import listen
 
 from service.paths import Paths
 from service.queue import schema
@@ -33,7 +35,7 @@ from service.queue.records import (
 )
 from service.states import ACTS, State
 from tests import queues
-from tests.queues import ADMIN, ANN, BEN, READER, new_sweep
+from tests.queues import ADMIN, ANN, BEN, READER, every, new_sweep
 from trainer.errors import BackendError, UsageError
 
 
@@ -121,6 +123,59 @@ def test_the_same_sweep_is_queued_once(queue: Queue) -> None:
 
     assert (again, is_new) == (first, False)
     assert events_of(queue) == ["submitted"]
+
+
+def test_a_sweep_submitted_again_takes_the_new_priority_while_it_waits(queue: Queue) -> None:
+    queue.submit(new_sweep(), ANN)
+    urgent = replace(new_sweep(), priority=7)
+
+    record, is_new = queue.submit(urgent, ANN)
+
+    assert (record.priority, is_new, queue.get("toy-0").priority) == (7, False, 7)
+    assert events_of(queue) == ["submitted", "submitted"]
+    with pytest.raises(Forbidden, match="ann may give up to 10"):
+        queue.submit(replace(new_sweep(), priority=11), ANN)
+    assert queue.submit(replace(new_sweep(), priority=1), BEN)[0].priority == 7, "it is ann's"
+    queue.claim("toy-0", 1)
+    assert queue.submit(replace(new_sweep(), priority=1), ANN)[0].priority == 7
+
+
+def test_the_reasons_of_all_that_wait_are_written_in_one_transaction(queue: Queue) -> None:
+    records = [queue.submit(new_sweep(label), ANN)[0] for label in range(20)]
+    claimed = queue.claim("toy-3", 1)
+    begun: list[object] = []
+    listen(queue._engine, "begin", begun.append)
+
+    queue.hold([(record, "no room") for record in records])
+
+    assert len(begun) == 1
+    found = {record.sweep_id: record for record in every(queue)}
+    assert found.pop("toy-3") == replace(claimed, plan={})
+    assert {(r.state, r.reason) for r in found.values()} == {(State.WAITING, "no room")}
+    last = queue.last_event_id()
+    queue.hold([(record, "no room") for record in found.values()])
+    assert queue.last_event_id() == last
+
+
+def test_losses_count_in_a_row_only(queue: Queue, running: SweepRecord) -> None:
+    assert queue.advance(running, state=State.QUEUED, reason="lost")
+    again = queue.claim(running.sweep_id, 1)
+    assert again is not None
+    assert again.restarts == 1
+
+    assert queue.advance(again, summary=Summary(trainings_done=1))
+    assert queue.get(running.sweep_id).restarts == 0
+    assert queue.advance(again, state=State.QUEUED, reason="lost", summary=Summary(finals_done=2))
+    assert queue.get(running.sweep_id).restarts == 1
+
+
+def test_what_was_spent_before_the_first_attempt_is_nobodys(
+    queue: Queue, running: SweepRecord
+) -> None:
+    queue.advance(running, summary=Summary(num_events=5, worker_seconds=100.0), earlier_s=90.0)
+    queue.advance(running, summary=Summary(num_events=9, worker_seconds=130.0), earlier_s=90.0)
+
+    assert queue.usage(time.time())["ann"] == (1, 40.0)
 
 
 def test_a_key_returns_what_its_first_call_returned(queue: Queue) -> None:

@@ -96,7 +96,7 @@ def test_a_wide_sweep_that_waits_for_room_is_not_overtaken() -> None:
 
     assert verdicts(queued, [acting(9, "eva", 2)], slots=4) == {
         "toy-1": "2 of 4 gangs are in use",
-        "toy-2": "behind toy-1, which needs more gangs than are free",
+        "toy-2": "others are ahead, which need more gangs than are free",
     }
 
 

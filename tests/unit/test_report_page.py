@@ -1,5 +1,6 @@
 """The report of a sweep as one HTML file."""
 
+import copy
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import pytest
 from service.ledger import SweepView, replay
 from service.report import best
 from service.report_page import draw_page, report_html
-from tests.ledgers import CLIP, PRUNE, WARMDOWN, Sweep
+from tests.ledgers import CLIP, EMA, PRUNE, WARMDOWN, Sweep
 from tests.seeded import Seeded, point
 from tests.showcase import Showcase, write_tensors
 
@@ -48,7 +49,7 @@ def section(page: str, name: str) -> str:
 
 
 def some_finals(home: Path, num: int, **facts: Any) -> tuple[Sweep, SweepView]:
-    sweep = Sweep(home)
+    sweep = Sweep(home, mean_bytes=15_000_000)
     with sweep.open() as ledger:
         sweep.start(ledger)
         train_point = sweep.train_points()[0]
@@ -121,6 +122,55 @@ def test_forecast_tells_its_median_error(tmp_path: Path) -> None:
     page = report_html(view, sweep.paths)
 
     assert "Median error 2.00% over 3 artifacts" in section(page, "forecast")
+
+
+def test_an_illegal_artifact_under_the_cap_is_over_no_limit(tmp_path: Path) -> None:
+    sweep, view = some_finals(tmp_path, 3)
+    for event in view.finals.values():
+        event["result"]["forecast_bytes"] = event["result"]["artifact_bytes"]
+    last = [*view.finals.values()][-1]
+    last |= {"state": "illegal", "reason": "audit"}
+
+    drawn = traces(report_html(view, sweep.paths), "forecast")
+
+    assert len(drawn["feasible and legal"]["x"]) == 2
+    assert drawn["does not count"]["x"] == [last["result"]["artifact_bytes"] / 1e6]
+
+
+def test_the_distribution_is_of_what_counts(tmp_path: Path) -> None:
+    sweep, view = some_finals(tmp_path, 4)
+    first, *rest = view.finals.values()
+    first |= {"state": "infeasible", "reason": "over the cap"}
+    first["result"]["score"]["val_bpb"] = 0.5
+
+    (line,) = figures(report_html(view, sweep.paths))["edf"]["data"]
+    for event in rest:
+        event["state"] = "illegal"
+    page = report_html(view, sweep.paths)
+
+    assert line["name"].endswith("(3)")
+    assert "No final of the search is feasible and legal" in section(page, "edf")
+
+
+def test_the_training_of_the_confirmed_best_is_drawn_in_black(show) -> None:
+    sweep, known, _ = show
+    view = copy.deepcopy(known)
+    for event in view.finals.values():  # the search was luckier with another training
+        if event["phase"] == "search" and event["point"][WARMDOWN] == 2500 and event["result"]:
+            event["result"]["score"]["val_bpb"] -= 0.2
+    top = best(view)
+    assert top is not None
+    seed = top["seed"]
+
+    page = report_html(view, sweep.paths)
+    for event in view.finals.values():
+        event["state"] = "illegal"
+    nothing = report_html(view, sweep.paths)
+
+    black = next(t for t in figures(page)["curves"]["data"] if t.get("legendgroup") == "best")
+    assert black["name"].endswith(f"s{seed}")
+    assert "Black is the training of the best final" in section(page, "curves")
+    assert "Black is the training" not in section(nothing, "curves")
 
 
 def test_cost_is_held_against_the_budget(show) -> None:
@@ -246,8 +296,23 @@ def test_knobs_of_any_kind_are_drawn(tmp_path: Path) -> None:
 
     layout = figures(draw_page(view))["slice"]["layout"]
 
-    assert layout["xaxis"]["categoryarray"] == ["off", "on"]
+    assert layout["xaxis"]["ticktext"] == ["off", "on"]
     assert layout["xaxis2"]["type"] == "log"
+
+
+def test_values_that_look_alike_have_places_of_their_own(tmp_path: Path) -> None:
+    space = {EMA: [0.99995, 0.99997, 0.9], CLIP: ["none"]}
+    view = replay(Sweep(tmp_path, mean_bytes=15_000_000, space=space).write())
+
+    drawn = figures(draw_page(view))
+
+    axis = drawn["slice"]["layout"]["xaxis"]
+    marks = [trace for trace in drawn["slice"]["data"] if trace.get("xaxis") == "x"]
+    dots, medians = (trace for trace in marks if trace["x"])
+    lines = next(d for d in drawn["parallel"]["data"][0]["dimensions"] if d["label"] == "ema_decay")
+    texts = ["0.9", "0.99995", "0.99997"]
+    assert (axis["tickvals"], axis["ticktext"], lines["ticktext"]) == ([0, 1, 2], texts, texts)
+    assert sorted(dots["x"]) == sorted(medians["x"]) == sorted(lines["values"]) == [0, 1, 2]
 
 
 def test_pages_may_be_drawn_from_several_threads(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A sweep's finals as a study of Optuna."""
 
+import copy
 import threading
 import warnings
 from pathlib import Path
@@ -136,8 +137,26 @@ def test_few_finals_have_no_importances(tmp_path: Path) -> None:
     assert importances(view) is None
 
 
+def test_importances_ask_only_what_counts(busy: SweepView) -> None:
+    view, num_finals = copy.deepcopy(busy), len(busy.finals)
+    for event in view.finals.values():
+        if event["state"] != "failed" and event["point"][CLIP] == "p8":
+            event["state"] = "infeasible"  # over the cap, with the lowest bpb of all
+            event["result"]["score"]["val_bpb"] -= 0.5
+    without = copy.deepcopy(view)
+    without.finals = {k: e for k, e in view.finals.items() if e["state"] == "succeeded"}
+
+    shares = importances(view)
+
+    assert 10 <= len(without.finals) < num_finals
+    assert shares == importances(without)
+    for event in view.finals.values():
+        event["state"] = "illegal"
+    assert importances(view) is None
+
+
 def test_finals_that_are_all_alike_make_no_knob_more_important(tmp_path: Path) -> None:
-    view = written(Sweep(tmp_path))
+    view = written(Sweep(tmp_path, mean_bytes=15_000_000))
     for event in view.finals.values():
         event["result"]["score"]["val_bpb"] = 1.5
 

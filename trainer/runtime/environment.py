@@ -49,6 +49,17 @@ def without_secrets() -> dict[str, str]:
     }
 
 
+def and_tracking_uri(uri: str | None) -> dict[str, str]:
+    """This process's variables with the address of MLflow, which may hold a password: for a child,
+    whose command line everybody can read."""
+    return {**os.environ, **({"MLFLOW_TRACKING_URI": uri} if uri else {})}
+
+
+def tracking_uri() -> str | None:
+    """The address of MLflow that this process was given, None without one."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or None
+
+
 def quiet_mlflow() -> None:
     """Prepare this process for `import mlflow`; a variable that is already set is kept."""
     for name, value in MLFLOW_CLIENT.items():
