@@ -40,8 +40,9 @@ def under_way(view: SweepView, now: float, after: int) -> float:
 
 
 def _workers(view: SweepView) -> int:
-    spec = view.started.get("spec") or {}
-    return (spec.get("resources") or {}).get("workers", 1)
+    spec: dict[str, Any] = view.started.get("spec") or {}
+    resources: dict[str, Any] = spec.get("resources") or {}
+    return resources.get("workers", 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,9 +122,7 @@ def run(
     ] = None,
     tracking_uri: Annotated[
         str | None,
-        typer.Option(
-            envvar="MLFLOW_TRACKING_URI", help="MLflow; default: a SQLite file in the home."
-        ),
+        typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow; default: a file in the home."),
     ] = None,
     no_tracking: Annotated[
         bool,
@@ -132,9 +130,7 @@ def run(
     ] = False,
     expect: Annotated[
         str | None,
-        typer.Option(
-            "--expect", hidden=True, help="Refuse a sweep of another id: what the service queued."
-        ),
+        typer.Option("--expect", hidden=True, help="Refuse any other than what was queued."),
     ] = None,
     output: Output = "table",
 ) -> None:

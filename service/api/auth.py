@@ -66,7 +66,7 @@ class Gatekeeper:
         header = request.headers.get("authorization")
         user = self.user_of(token, is_near=is_near(request))
         if user is LOCAL:
-            return user
+            return LOCAL
         if user is None or token is None:
             is_write = request.method not in READS
             self._limiter.fail(header, address_of(request), is_write=is_write)
