@@ -2,7 +2,7 @@
 # `make check` runs what reads the code without running it. CI runs the same targets.
 
 PYTHON ?= python3
-JOBS ?= 3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -44,9 +44,9 @@ $(STAMP): pyproject.toml constraints.txt
 sweep: $(STAMP) ## Run the shipped sweep on this machine's CPU, with a report and MLflow runs.
 	$(BIN)/fairway run quickstart
 
-# The long ones wait for processes more than they compute, and come first.
+# What starts Ray stays in one process and goes first: tests/conftest.py.
 test: $(STAMP) ## Run all tests, JOBS files at once; the last line is pytest's.
-	@$(BIN)/pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	@$(BIN)/pytest -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 check: $(STAMP) types ## Check format, lint, imports and types.
 	$(BIN)/ruff format --check .

@@ -4,6 +4,7 @@ torch is not imported here, because half of the packages must work without it.
 """
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -17,6 +18,19 @@ os.environ["OMP_NUM_THREADS"] = "1"
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
 
+# Two clusters at once on two cores keep one another from starting in time.
+_START_RAY = {
+    "integration/test_320_points.py",
+    "integration/test_control.py",
+    "integration/test_doctor.py",
+    "integration/test_engine.py",
+    "integration/test_engine_kills.py",
+    "integration/test_gangs.py",
+    "integration/test_janitor.py",
+    "integration/test_ray_jobs.py",
+    "integration/test_sweep.py",
+    "unit/test_cluster.py",
+}
 _SCRUBBED_PREFIXES = ("FAIRWAY_", "RAY_ADDRESS", "MLFLOW_TRACKING_URI")
 
 
@@ -32,3 +46,11 @@ def scrubbed_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Prepare the micro dataset once; tests that damage files copy it first."""
     return tiny.dataset(tmp_path_factory.mktemp("data"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run side by side, keep a file's in one process, and all that start Ray in one."""
+    for item in items:
+        file = item.path.relative_to(Path(__file__).parent).as_posix()
+        group = "ray" if file in _START_RAY else file
+        item.add_marker(pytest.mark.xdist_group(group))
