@@ -48,6 +48,7 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return tiny.dataset(tmp_path_factory.mktemp("data"))
 
 
+@pytest.hookimpl(tryfirst=True)  # the plugin reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run side by side, keep a file's in one process, and all that start Ray in one."""
     for item in items:
