@@ -46,7 +46,7 @@ sweep: $(STAMP) ## Run the shipped sweep on this machine's CPU, with a report an
 
 # What starts Ray stays in one process and goes first: tests/conftest.py.
 test: $(STAMP) ## Run all tests, JOBS files at once; the last line is pytest's.
-	@$(BIN)/pytest -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP) types ## Check format, lint, imports and types.
 	$(BIN)/ruff format --check .

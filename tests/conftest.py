@@ -4,7 +4,7 @@ torch is not imported here, because half of the packages must work without it.
 """
 
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -48,10 +48,14 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return tiny.dataset(tmp_path_factory.mktemp("data"))
 
 
-@pytest.hookimpl(tryfirst=True)  # the plugin reads the groups in its own
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Where tests run side by side, keep a file's in one process, and all that start Ray in one."""
-    for item in items:
-        file = item.path.relative_to(Path(__file__).parent).as_posix()
-        group = "ray" if file in _START_RAY else file
-        item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneRay(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if file.removeprefix("tests/") in _START_RAY else file
+
+    return OneRay(config, log) if config.getoption("dist") == "loadfile" else None
