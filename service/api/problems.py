@@ -134,6 +134,10 @@ def _of_refusal(request: Request, error: Exception) -> Response:
 
 def _of_fairway_error(request: Request, error: Exception) -> Response:
     status = status_of(cast(FairwayError, error))
+    if isinstance(error, DataError):  # which file, as it is called within the home
+        home = str(request.app.state.services.paths.home)
+        text = str(error).replace(f"{home}/", "").replace(home, "HOME")
+        return problem(status, text, request_id=request_id_of(request))
     if status == 500:
         return internal(request, error)
     detail = str(error)
