@@ -200,12 +200,32 @@ def test_a_wrong_token_is_refused_and_said_so(head: Head):
         service.check()
 
 
-def test_a_cluster_in_the_open_is_refused():
-    with pytest.raises(UsageError, match=r"set RAY_AUTH_MODE=token.*tunnel to 127\.0\.0\.1"):
-        RayJobRunner("http://10.1.2.3:8265")
+def test_a_cluster_in_the_open_is_refused_without_a_token():
+    told = r"set RAY_AUTH_MODE=token.*tunnel to 127\.0\.0\.1"
 
-    RayJobRunner("http://localhost:8265")
-    RayJobRunner("https://ray.example.org:443")
+    with pytest.raises(UsageError, match=told):
+        address_of_a_fresh_process("http://10.1.2.3:8265", {})
+
+    for address in ("http://localhost:8265", "https://ray.example.org:443"):
+        assert address_of_a_fresh_process(address, {}) == address
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    assert address_of_a_fresh_process("http://10.1.2.3:8265", token) == "http://10.1.2.3:8265"
+
+
+def address_of_a_fresh_process(address: str, variables: dict[str, str]) -> str:
+    """What the runner makes of an address in a process where Ray never ran."""
+    with ProcessPoolExecutor(
+        1,
+        get_context("spawn"),
+        initializer=set_environment,
+        initargs=({"RAY_AUTH_MODE": "disabled"} | variables,),
+    ) as pool:
+        return pool.submit(checked_address, address).result()
+
+
+def checked_address(address: str) -> str:
+    RayJobRunner(address)
+    return address
 
 
 @pytest.mark.parametrize(

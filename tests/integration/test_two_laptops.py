@@ -138,7 +138,10 @@ def test_sweeps_run_by_priority_then_by_turns_and_one_gang_at_a_time(office: Off
     for sweep in (first, again, others, urgent):
         office.wait_for(sweep, "succeeded")
 
-    assert waiting["reason"] == "1 of 1 gangs are in use" or "behind" in waiting["reason"]
+    assert waiting["reason"] in (  # which of them depends on who had come by then
+        "1 of 1 gangs are in use",
+        "others are ahead, which need more gangs than are free",
+    )
     # Bob, who holds nothing and has used nothing, goes before alice's next.
     assert started(office) == [first, urgent, others, again]
 
