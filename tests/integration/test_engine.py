@@ -20,6 +20,7 @@ overrides:
   train: {iterations: 40, batch_tokens: 1024, seq_len: 128}
   train.schedule.warmdown_iters: 10
   final.quantize.float_numel: 256
+  final.prune.larger_than: 256
   evaluate: {window: 128, stride: 128, batch_windows: 64}
   observe: {log_every: 5, validate_every: 10, checkpoint_every: 20}
 space:
