@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -23,11 +24,12 @@ from service.paths import Paths
 from service.plan import Final, Plan, Training, Trunk
 from service.preflight import asks_kernel, question, require_ready
 from service.pump import pumping
-from service.recorder import Recorder, TrialWatch, untold_s
+from service.recorder import Recorder, untold_s
 from service.searcher import TrialConfig, run_trials
-from service.sources import Source
+from service.sources import LookAhead, Source
 from service.sweep import Sweep
 from service.talk import Talk, Watch
+from service.trial_watch import TrialWatch
 from service.trials import REAL, Work
 from trainer.codec import dump
 from trainer.data.shards import Dataset
@@ -116,7 +118,7 @@ class Launcher:
     ) -> None:
         """Run trainings, each by a gang; `reserve_s` worker-seconds are kept for later phases."""
         self._is_refused, self._reserve_s = False, reserve_s
-        stages = _LookAhead(lambda: self._allowed(source, self._training_cost_s))
+        stages = LookAhead(lambda: self._allowed(source, self._training_cost_s))
         if stages.is_over():
             return
         self._bring_up()
@@ -148,7 +150,7 @@ class Launcher:
     ) -> None:
         """Run finals of one kind: final, rank or fit."""
         self._is_refused, self._reserve_s = False, reserve_s
-        stages = _LookAhead(lambda: self._allowed(source, self._final_cost_s))
+        stages = LookAhead(lambda: self._allowed(source, self._final_cost_s))
         if stages.is_over():
             return
         self._bring_up()
@@ -191,10 +193,16 @@ class Launcher:
     ) -> None:
         watch = TrialWatch(self.recorder, kind)
         retries = self.spec.limits.infra_retries
-        run_trials(self.plan.sweep_id, trial, next_job, resources, at_once, retries, watch)
+        for _ in range(1 + retries):
+            run_trials(self.plan.sweep_id, trial, next_job, resources, at_once, retries, watch)
+            unbegun = watch.take_unbegun()
+            if not unbegun or self._is_told():
+                return
+            next_job = partial(next, iter(unbegun), None)
+        watch.give_up(unbegun)
 
     def _job(
-        self, stages: "_LookAhead", describe: Callable[[Any], dict[str, Any]]
+        self, stages: LookAhead[Any], describe: Callable[[Any], dict[str, Any]]
     ) -> TrialConfig | None:
         stage = stages.next()
         if stage is None or self._is_told():
@@ -383,18 +391,3 @@ class Launcher:
         kinds = ("final_scored", "final_ranked")
         paid = [e["occupied_s"] for e in self.recorder.view.paid if e["event"] in kinds]
         return sum(paid) / len(paid) if paid else 0.0
-
-
-class _LookAhead:
-    """Stages with one looked at ahead, so that Ray is not brought up for nothing."""
-
-    def __init__(self, take: Callable[[], Any | None]) -> None:
-        self._take = take
-        self._ahead = take()
-
-    def is_over(self) -> bool:
-        return self._ahead is None
-
-    def next(self) -> Any | None:
-        stage, self._ahead = self._ahead, None
-        return self._take() if stage is None else stage

@@ -1,11 +1,7 @@
 """What happens to a sweep, written into its ledger and said aloud. Decides nothing but a state."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from ray import tune
-from ray.tune.experiment import Trial
 
 from service.clocks import ClockPolicy
 from service.control import Order, why
@@ -333,44 +329,3 @@ def trunk_found(store: Store, trunk: Trunk) -> Outcome | None:
         "occupied_s": 0.0,
         "tries": 0,
     }
-
-
-class TrialWatch(tune.Callback):
-    """Hears of Tune's trials in the driver's process and tells the recorder."""
-
-    def __init__(self, recorder: Recorder, kind: str) -> None:
-        self.recorder = recorder
-        self.kind = kind
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles callbacks into records of its own, which nothing here ever restores.
-        return {"kind": self.kind}
-
-    def on_trial_start(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
-    ) -> None:
-        if self.kind == "training":
-            trunks = [trunk["id"] for trunk in json.loads(trial.config["job"])["trunks"]]
-            training = self.recorder.trainings[trial.config["stage"]]
-            self.recorder.training_started(training, trunks[::-1])
-
-    def on_trial_complete(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
-    ) -> None:
-        self._end(json.loads(trial.last_result["outcome"]))
-
-    def on_trial_error(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
-    ) -> None:
-        # What a trial can catch it reports; only the death of its process, again and again, ends
-        # here.
-        lost = {"state": State.FAILED, "reason": "the trial's process died", "result": None}
-        work = {"kind": self.kind, "cached": False}
-        name = "training" if self.kind == "training" else "final"
-        self._end({name: trial.config["stage"], **work, **lost})
-
-    def _end(self, outcome: Outcome) -> None:
-        if self.kind == "training":
-            self.recorder.training_ended(outcome)
-        else:
-            self.recorder.final_ended(outcome)

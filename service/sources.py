@@ -88,3 +88,20 @@ class InTurn(Generic[Stage]):
                 self._sources.append(source)
                 return stage
         return None
+
+
+class LookAhead(Generic[Stage]):
+    """Stages with one looked at ahead, so that Ray is not brought up for nothing."""
+
+    def __init__(self, take: Callable[[], Stage | None]) -> None:
+        self._take = take
+        self._ahead = take()
+
+    def is_over(self) -> bool:
+        """Whether there was not even a first one."""
+        return self._ahead is None
+
+    def next(self) -> Stage | None:
+        """The one looked at, then the others."""
+        stage, self._ahead = self._ahead, None
+        return self._take() if stage is None else stage

@@ -28,6 +28,7 @@ _START_RAY = {
     "integration/test_gangs.py",
     "integration/test_janitor.py",
     "integration/test_ray_jobs.py",
+    "integration/test_searcher.py",
     "integration/test_sweep.py",
     "unit/test_cluster.py",
 }
