@@ -10,6 +10,8 @@ import sys
 import warnings
 from dataclasses import asdict, dataclass
 
+from trainer.specs.model import ModelSpec
+
 TRY_S = 120.0  # a first import of torch from a cold disk takes half a minute
 
 
@@ -32,6 +34,38 @@ class Attention:
 
     backend: str | None
     why: str
+
+
+def question_of(model: ModelSpec, device: str, dtype: str, seq_len: int) -> Question:
+    """The attention of a model's layers on sequences of so many tokens."""
+    attention = model.attention
+    return Question(
+        device=device,
+        dtype=dtype,
+        num_heads=attention.num_heads,
+        num_kv_heads=attention.num_kv_heads,
+        head_dim=model.dim // attention.num_heads,
+        seq_len=seq_len,
+    )
+
+
+def choice(question: Question, *, learns: bool) -> str:
+    """Name the kernel that torch chooses in this process, with a backward pass or without one."""
+    import torch
+    from torch.nn.attention import SDPBackend
+
+    def heads(num: int) -> torch.Tensor:
+        shape = (1, question.seq_len, num, question.head_dim)
+        dtype = getattr(torch, question.dtype)
+        laid = torch.zeros(shape, dtype=dtype, device=question.device, requires_grad=learns)
+        return laid.transpose(1, 2)  # as the model lays it out
+
+    query, key, value = map(
+        heads, (question.num_heads, question.num_kv_heads, question.num_kv_heads)
+    )
+    is_grouped = question.num_heads != question.num_kv_heads
+    found = torch._fused_sdp_choice(query, key, value, None, 0.0, True, enable_gqa=is_grouped)
+    return SDPBackend(found).name.lower().removesuffix("_attention")
 
 
 def ask(question: Question) -> Attention:
@@ -60,10 +94,7 @@ def _answer(question: Question) -> Attention:
 
     q, k, v = heads(question.num_heads), heads(question.num_kv_heads), heads(question.num_kv_heads)
     attend(q, k, v).sum().backward()
-    is_grouped = question.num_heads != question.num_kv_heads
-    query, key, value = (x.transpose(1, 2) for x in (q, k, v))
-    choice = torch._fused_sdp_choice(query, key, value, None, 0.0, True, enable_gqa=is_grouped)
-    name = SDPBackend(choice).name.lower().removesuffix("_attention")
+    name = choice(question, learns=True)
     with warnings.catch_warnings(record=True) as said, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         warnings.simplefilter("always")
         try:

@@ -10,10 +10,12 @@ import numpy as np
 from torch import Tensor, get_num_threads
 
 from service.catalogue_view import data_of
+from service.facts import write_facts
 from service.identity import hessians_id, inputs_of
 from service.paths import Paths
 from service.scored_text import read_tokens
 from service.store import Store
+from service.worker_facts import worker_facts
 from trainer.artifacts import collect, load_training
 from trainer.choosing import probe_stream
 from trainer.codec import (
@@ -250,5 +252,10 @@ def _stored_hessians(
     is_cpu = ranks.device.type == "cpu"
     device = {"device": ranks.device.type} | ({"threads": get_num_threads()} if is_cpu else {})
     key = hessians_id(task, training.name, inputs_of(dataset), device)
-    store.compute("hessians", key, lambda folder: collect(task, training, dataset, folder, ranks))
+
+    def build(folder: Path) -> None:
+        write_facts(folder, worker_facts(ranks.device))
+        collect(task, training, dataset, folder, ranks)
+
+    store.compute("hessians", key, build)
     return load_hessians(store.folder("hessians", key), ranks.device)

@@ -18,9 +18,11 @@ from service import (
     cli_audit,
     cli_data,
     cli_doctor,
+    cli_export,
     cli_final,
     cli_models,
     cli_remote,
+    cli_replay,
     cli_results,
     cli_serve,
     cli_verdicts,
@@ -55,10 +57,12 @@ app = typer.Typer(
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_audit.app)
 app.add_typer(cli_doctor.app)
+app.add_typer(cli_export.app)
 app.add_typer(cli_final.app)
 app.add_typer(cli_verdicts.app)
 app.add_typer(cli_verdicts.baseline_app, name="baseline")
 app.add_typer(cli_remote.app)
+app.add_typer(cli_replay.app)
 app.add_typer(cli_results.app)
 app.add_typer(cli_serve.app)
 app.add_typer(cli_serve.token_app, name="token")

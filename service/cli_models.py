@@ -1,6 +1,6 @@
-"""`fairway import` and `fairway score`: models on disk, brought in and scored.
+"""`fairway import` and `fairway score`: models and records on disk, brought in and scored.
 
-Thin: arguments in, the importer and the scorer do the work, results on stdout. Errors pass
+Thin: arguments in, the importers and the scorer do the work, results on stdout. Errors pass
 through to `service.cli`.
 """
 
@@ -13,8 +13,9 @@ import typer
 
 from service.cli_options import HOME, Home, Output, print_document
 from service.paths import Paths
-from trainer.codec import parse, parse_assignment, to_yaml, with_values
+from trainer.codec import dump, parse, parse_assignment, to_yaml, with_values
 from trainer.errors import UsageError
+from trainer.runtime.files import write_text
 from trainer.specs.recipe import Recipe
 from tune_spaces.catalogue import load_recipe
 
@@ -23,15 +24,43 @@ app = typer.Typer()
 
 @app.command("import")
 def import_command(
-    file: Annotated[Path, typer.Argument(help="A state dict or quantized file, also compressed.")],
-    recipe: Annotated[str, typer.Option(help="The recipe that fits it: a shipped name or a file.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="A new folder for what is imported.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="A state dict or quantized file, also compressed; or a record folder."),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--out", help="A new folder for what is imported; of a record: a new YAML file."
+        ),
+    ],
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="The recipe that fits the file: a shipped name or a file of your own."),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("-S", metavar="PATH=VALUE", help="Set a value of the recipe."),
     ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of a record whose logs do not say it: tokens that were scored."),
+    ] = None,
 ) -> None:
-    """Bring in a file of the public scripts: a state dict as a bank, a quantized one as it is."""
+    """Bring in what others made: a state dict as a bank, a quantized file, a record as a baseline.
+
+    A record's README, submission.json and logs are held against one another; where they disagree,
+    the baseline says so.
+    """
+    if file.is_dir():
+        if recipe is not None or overrides:
+            raise UsageError(f"{file}: a record folder takes no --recipe and no -S")
+        _import_record(file, out, tokens)
+        return
+    if recipe is None:
+        raise UsageError(f"{file}: name the recipe that fits it with --recipe")
+    if tokens is not None:
+        raise UsageError(f"{file}: --tokens goes with a record folder")
     values = [parse_assignment(text) for text in overrides or []]
     parsed = _recipe(recipe, values)
     from trainer.importer.folder import import_file
@@ -40,6 +69,18 @@ def import_command(
     imported = import_file(file, parsed, out)
     sys.stdout.write(to_yaml(asdict(imported)))
     sys.stderr.write(f"{line(imported.assumed)}\n")
+
+
+def _import_record(folder: Path, out: Path, tokens: int | None) -> None:
+    """Write a published record folder as a baseline file, with what its papers disagree on."""
+    from service.published import read_published
+    from service.record_folder import open_folder
+
+    if out.suffix not in (".yaml", ".yml") or out.exists():
+        raise UsageError(f"-o {out}: name a new file that ends in .yaml")
+    text = to_yaml(dump(read_published(open_folder(folder), tokens)))
+    write_text(out, text)
+    sys.stdout.write(text)
 
 
 Checkpoint = Annotated[

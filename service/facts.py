@@ -1,30 +1,259 @@
-"""What a run must record to be run again: code, data, versions, machine. Reads, decides nothing."""
+"""What a run must record to be run again: code, data, versions, machine. Reads, decides nothing.
 
+Two processes tell two sets of facts. The driver of a sweep knows the commit, the lock file and the
+image that it was started from; a worker knows what it computes with (`worker_facts` has what takes
+torch to read). A fact that cannot be read is None, never a guess. None names a host or a path.
+"""
+
+import ctypes
+import hashlib
+import os
 import platform
 import subprocess
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from trainer.codec import parse
 from trainer.data.shards import Dataset
 from trainer.errors import UsageError
+from trainer.finalize.code import code_digest
+from trainer.protocol import SPEC_VERSION
+from trainer.runtime.environment import build_facts, numerics_variables
+from trainer.runtime.files import read_json, sha256_file, write_json
+from trainer.specs.base import spec
 
-PACKAGES = ("torch", "ray", "mlflow", "zstandard", "numpy", "sentencepiece", "optuna")
+ROOT = Path(__file__).resolve().parent.parent
 OURS = ("service", "trainer", "tune_spaces")
+FACTS_FILE = "facts.json"
+LOCK_FILE = "constraints.txt"
+MAX_DIFF_BYTES = 1 << 20  # a larger one is told by its sha256 alone
+_MAX_UNTRACKED = 200
 
 
-def environment(dataset: Dataset) -> dict[str, Any]:
-    """Versions, machine, data and the git commit that the code was in."""
+@spec
+class Gpu:
+    """One GPU that a stage was computed on."""
+
+    name: str
+    uuid: str | None = None
+
+
+@spec
+class WorkerFacts:
+    """What a stage was computed with, as its own process found it. gpus: one a rank. environment:
+    the variables that change sums, as NAME=value. attention: the kernel that torch chose."""
+
+    device: Literal["cpu", "cuda"]
+    python: str | None = None
+    platform: str | None = None
+    cpu: str | None = None
+    cpu_capability: str | None = None
+    """The widest instructions that torch's kernels use, such as AVX512."""
+    num_cpus: int | None = None
+    torch: str | None = None
+    cuda: str | None = None
+    cudnn: str | None = None
+    nccl: str | None = None
+    driver: str | None = None
+    gpus: tuple[Gpu, ...] = ()
+    attention: str | None = None
+    numpy: str | None = None
+    ray: str | None = None
+    zstandard: str | None = None
+    libzstd: str | None = None
+    brotli: str | None = None
+    zlib: str | None = None
+    liblzma: str | None = None
+    constriction: str | None = None
+    sentencepiece: str | None = None
+    threads: int | None = None
+    interop_threads: int | None = None
+    deterministic: bool | None = None
+    cudnn_deterministic: bool | None = None
+    cudnn_benchmark: bool | None = None
+    matmul_precision: str | None = None
+    environment: tuple[str, ...] = ()
+    image_digest: str | None = None
+    code_digest: str | None = None
+    """Of the code that is counted."""
+    spec_version: int | None = None
+
+
+@spec
+class DriverFacts:
+    """What a sweep was started from. git_diff: of the tree against its commit, None where that is
+    clean. lock_file: which file pinned the packages."""
+
+    fairway: str | None = None
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+    git_diff_sha256: str | None = None
+    git_diff_bytes: int | None = None
+    lock_file: str | None = None
+    lock_sha256: str | None = None
+    image_digest: str | None = None
+    python: str | None = None
+    platform: str | None = None
+    torch: str | None = None
+    numpy: str | None = None
+    ray: str | None = None
+    mlflow: str | None = None
+    optuna: str | None = None
+    sentencepiece: str | None = None
+    zstandard: str | None = None
+
+
+def environment(dataset: Dataset, diff: bytes | None = None) -> dict[str, Any]:
+    """The driver's facts and the data's, as one mapping."""
     return {
-        **_git(Path(__file__).resolve().parent.parent),
+        **asdict(driver_facts(diff)),
         "data_name": dataset.name,
         "data_digest": dataset.digest,
         "tokenizer_sha256": dataset.manifest.tokenizer.sha256,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": platform.processor() or platform.machine(),
-        **{name: _version(name) for name in PACKAGES},
+        "cpu": _cpu(),
     }
+
+
+def driver_facts(diff: bytes | None = None, root: Path = ROOT) -> DriverFacts:
+    """Read what this process was started from: the checkout at `root` with `diff`, its
+    `dirty_diff`, or the image that it was built into."""
+    built = build_facts()
+    has_git = (root / ".git").exists()
+    commit = (_git(root, "rev-parse", "HEAD") or None) if has_git else built.git_commit
+    dirty = bool(_git(root, "status", "--porcelain")) if has_git and commit else built.git_dirty
+    lock = Path(built.lock_file) if built.lock_file else root / LOCK_FILE
+    return DriverFacts(
+        fairway=_version("fairway"),
+        git_commit=commit,
+        git_dirty=dirty,
+        git_diff_sha256=hashlib.sha256(diff).hexdigest() if diff else None,
+        git_diff_bytes=len(diff) if diff else None,
+        lock_file=lock.name if lock.is_file() else None,
+        lock_sha256=sha256_file(lock) if lock.is_file() else None,
+        image_digest=built.image_digest,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        torch=_version("torch"),
+        numpy=_version("numpy"),
+        ray=_version("ray"),
+        mlflow=_version("mlflow"),
+        optuna=_version("optuna"),
+        sentencepiece=_version("sentencepiece"),
+        zstandard=_version("zstandard"),
+    )
+
+
+def dirty_diff(root: Path = ROOT) -> bytes | None:
+    """What the checkout at `root` has over its commit, as `git apply` takes it: tracked files, and
+    those of our packages that git does not know yet. None without a checkout, or where it is clean.
+    """
+    if not (root / ".git").exists():
+        return None
+    plain = ("--binary", "--no-color", "--no-ext-diff", "--no-textconv")
+    text = _git_bytes(root, "diff", *plain, "HEAD", "--")
+    listed = _git_bytes(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *OURS)
+    for name in listed.decode(errors="surrogateescape").split("\0")[:_MAX_UNTRACKED]:
+        if name:
+            text += _git_bytes(root, "diff", *plain, "--no-index", "--", "/dev/null", name)
+    return text or None
+
+
+def _git(root: Path, *words: str) -> str:
+    return _git_bytes(root, *words).decode(errors="replace").strip()
+
+
+def _git_bytes(root: Path, *words: str) -> bytes:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True)
+    except OSError:  # no git here: the commit is not known
+        return b""
+    return done.stdout
+
+
+def of_gang(facts: Sequence[WorkerFacts]) -> WorkerFacts:
+    """The facts of a gang: its first rank's, with the GPUs of all."""
+    return replace(facts[0], gpus=tuple(gpu for each in facts for gpu in each.gpus))
+
+
+def write_facts(folder: Path, facts: WorkerFacts) -> None:
+    """Leave a stage's facts in its folder."""
+    write_json(folder / FACTS_FILE, asdict(facts))
+
+
+def read_facts(folder: Path) -> WorkerFacts | None:
+    """Read a stage's facts, None where it was computed before facts were kept."""
+    path = folder / FACTS_FILE
+    return parse(WorkerFacts, read_json(path), str(path)) if path.is_file() else None
+
+
+def nvidia_driver() -> str | None:
+    """The NVIDIA driver's version, as the kernel or else its own tool tells it."""
+    path = Path("/sys/module/nvidia/version")
+    if path.is_file():
+        return path.read_text().strip()
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return told[0] if told else None
+
+
+@cache
+def process_facts() -> WorkerFacts:
+    """Read what a worker's process has, whatever its device: what torch knows is not among it."""
+    return WorkerFacts(
+        device="cpu",
+        python=platform.python_version(),
+        platform=platform.platform(),
+        cpu=_cpu(),
+        num_cpus=os.cpu_count(),
+        numpy=_version("numpy"),
+        ray=_version("ray"),
+        zstandard=_version("zstandard"),
+        brotli=_version("brotli"),
+        constriction=_version("constriction"),
+        sentencepiece=_version("sentencepiece"),
+        libzstd=_libzstd(),
+        zlib=zlib.ZLIB_RUNTIME_VERSION,
+        liblzma=_liblzma(),
+        environment=tuple(f"{name}={value}" for name, value in numerics_variables().items()),
+        image_digest=build_facts().image_digest,
+        code_digest=code_digest(),
+        spec_version=SPEC_VERSION,
+    )
+
+
+def _cpu() -> str | None:
+    """The processor's model name, where the system tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(named), platform.processor() or platform.machine() or None)
+
+
+def _libzstd() -> str | None:
+    try:
+        library: Any = import_module("zstandard")
+    except ImportError:
+        return None
+    return ".".join(map(str, library.ZSTD_VERSION))
+
+
+def _liblzma() -> str | None:
+    """The version of the library behind `lzma`, which Python itself does not tell."""
+    try:
+        told = ctypes.CDLL(import_module("_lzma").__file__).lzma_version_string
+    except (AttributeError, ImportError, OSError):  # built into the interpreter, or absent
+        return None
+    told.restype = ctypes.c_char_p
+    return told().decode()
 
 
 def _version(name: str) -> str | None:
@@ -32,26 +261,6 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _git(folder: Path) -> dict[str, Any]:
-    if not (folder / ".git").exists():
-        return {"git_commit": None, "git_dirty": None}
-
-    def ask(*words: str) -> str:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(folder), *words], capture_output=True, text=True
-            )
-        except OSError:  # no git here: the commit is not known
-            return ""
-        return done.stdout.strip()
-
-    commit = ask("rev-parse", "HEAD") or None
-    return {
-        "git_commit": commit,
-        "git_dirty": bool(ask("status", "--porcelain")) if commit else None,
-    }
 
 
 def check_packages() -> None:

@@ -16,14 +16,14 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from trainer.errors import FairwayError, UsageError
 from trainer.evaluate.progress import Progress
-from trainer.runtime.distributed import Ranks, best_device
+from trainer.runtime.distributed import Ranks
 
 Work = Callable[[Any, Ranks, Progress], Any]
 """A module's function: the request, this process's place in the gang, and whom to tell."""
@@ -81,20 +81,24 @@ class _Member:
         return self.is_over and self.process.exitcode != 0
 
 
-def run_ranks(work: Work, request: Any, num_ranks: int, progress: Progress) -> Any:
-    """Do work in `num_ranks` processes, with a GPU each where there are any; the first's result.
+def run_ranks(
+    work: Work, request: Any, num_ranks: int, progress: Progress, *, on_cpu: bool = False
+) -> Any:
+    """Do work in `num_ranks` processes, with a GPU each where there are any, unless it is to be
+    done `on_cpu`; the first's result.
 
     FairwayErrors come back as they were raised; WorkerLost if a worker died, RuntimeError with its
     trace if it met a bug.
     """
-    if torch.cuda.is_available() and num_ranks > torch.cuda.device_count():
+    has_gpus = torch.cuda.is_available() and not on_cpu
+    if has_gpus and num_ranks > torch.cuda.device_count():
         raise UsageError(
             f"--workers {num_ranks}: this machine has {torch.cuda.device_count()} GPUs; "
             "ask for one worker a GPU"
         )
     with tempfile.TemporaryDirectory() as folder:
         members = [
-            _start(work, request, (rank, num_ranks), Path(folder) / "store")
+            _start(work, request, _Place(rank, num_ranks, has_gpus), Path(folder) / "store")
             for rank in range(num_ranks)
         ]
         try:
@@ -107,7 +111,15 @@ def run_ranks(work: Work, request: Any, num_ranks: int, progress: Progress) -> A
     return members[0].result
 
 
-def _start(work: Work, request: Any, place: tuple[int, int], store: Path) -> _Member:
+class _Place(NamedTuple):
+    """A rank's place in its gang, and whether it has a GPU there."""
+
+    rank: int
+    num_ranks: int
+    has_gpu: bool
+
+
+def _start(work: Work, request: Any, place: _Place, store: Path) -> _Member:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     # Daemons: Python ends them too if this process leaves in a way that skips `_end`.
@@ -161,20 +173,18 @@ def _end(members: list[_Member]) -> None:
         member.pipe.close()
 
 
-def _rank(
-    work: Work, request: Any, place: tuple[int, int], store: Path, caller: Connection
-) -> None:
+def _rank(work: Work, request: Any, place: _Place, store: Path, caller: Connection) -> None:
     """One rank's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller answers an interrupt
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    rank, num_ranks = place
+    rank, num_ranks, has_gpu = place
     status = 1
     try:
-        device = best_device(rank)
-        if device.type == "cuda":
+        device = torch.device("cuda", rank) if has_gpu else torch.device("cpu")
+        if has_gpu:
             torch.cuda.set_device(device)
         torch.set_num_threads(max(1, torch.get_num_threads() // num_ranks))
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "nccl" if has_gpu else "gloo"
         dist.init_process_group(backend, f"file://{store}", rank=rank, world_size=num_ranks)
         result = work(request, Ranks(rank, num_ranks, device), _Reporter(caller))
         caller.send(("result", result if rank == 0 else None))

@@ -4,9 +4,11 @@
       data/NAME/                  prepared shards with manifest.json and tokenizer.model
       store/trainings/ID/         task.json inputs.json metrics.jsonl checkpoint/ bank/ result.json
       store/parities/ID/          result.json
-      store/finals/ID/            task.json artifact/ score.json audit.json result.json
+      store/finals/ID/            task.json artifact/ score.json audit.json result.json sheet.json
+                                  and in every stage facts.json: what it was computed with
       sweeps/SWEEP_ID/            sweep.yaml events.jsonl tracking.json report/ logs/
                                   control.json: what the run under way is told; jobs/: a service's
+                                  dirty-SHA256.diff: what the code had over its commit
       submissions/DIGEST/         sweep.yaml, the files it names, submission.json
       mlflow.db mlruns/           the embedded MLflow
       outbox.json                 how far behind its ledgers MLflow is
@@ -57,6 +59,10 @@ class SweepPaths:
     def control(self) -> Path:
         """What the run of the sweep that is under way is told."""
         return self.root / "control.json"
+
+    def diff(self, sha256: str) -> Path:
+        """What the code had over its commit, by the sha256 of that text."""
+        return self.root / f"dirty-{sha256[:12]}.diff"
 
     @property
     def jobs(self) -> Path:

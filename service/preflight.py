@@ -17,7 +17,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from service.attention import Question
+from service.attention import Question, question_of
 from service.facts import check_packages
 from service.footprint import example, footprint
 from service.machine import Machine, look
@@ -127,15 +127,8 @@ def checks(
 def question(sweep: Sweep, plan: Plan | None = None) -> Question:
     """The attention of the sweep's model on the device of its gangs."""
     recipe = example(sweep, plan)
-    attention = recipe.model.attention
-    return Question(
-        device="cuda" if sweep.spec.resources.gpus_per_worker else "cpu",
-        dtype=recipe.train.dtype,
-        num_heads=attention.num_heads,
-        num_kv_heads=attention.num_kv_heads,
-        head_dim=recipe.model.dim // attention.num_heads,
-        seq_len=recipe.train.seq_len,
-    )
+    device = "cuda" if sweep.spec.resources.gpus_per_worker else "cpu"
+    return question_of(recipe.model, device, recipe.train.dtype, recipe.train.seq_len)
 
 
 def asks_kernel(sweep: Sweep) -> bool:

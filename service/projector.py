@@ -199,7 +199,9 @@ class Projector:
         name = event["event"]
         is_going_on = not self._is_open and name != "sweep_finished"
         if name == "sweep_started" or is_going_on:
-            self._put(runs.sweep_run(self._view, (self._sweep.spec,)))
+            diff = (self._view.started.get("facts") or {}).get("git_diff_sha256")
+            changed = (self._sweep.diff(diff),) if diff else ()
+            self._put(runs.sweep_run(self._view, (self._sweep.spec, *changed)))
             self._write_view(event)
             self._is_open = True
         match name:
@@ -247,7 +249,9 @@ class Projector:
         for path in run.files:
             if path.is_file():  # a failed stage leaves only some of them
                 self._call("log_artifact", run_id, str(path))
-        self._call("log_dict", run_id, self._view.started.get("facts") or {}, "environment.json")
+        told = dict(self._view.started.get("facts") or {})
+        told |= {"worker": run.worker} if run.worker else {}
+        self._call("log_dict", run_id, told, "environment.json")
         if run.ended_at_s is None:
             self._call("update_run", run_id, status=run.status)
         else:

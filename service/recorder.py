@@ -10,10 +10,12 @@ from service.ledger import RETRIED, Ledger, SweepView
 from service.limits import settle_ranked
 from service.plan import Final, Training, Trunk
 from service.policies import settle
+from service.sheet import Origin, Sheets
 from service.states import State
 from service.store import Store
 from service.sweep import Constraint
 from service.talk import Talk, Watch
+from trainer.errors import UsageError
 
 Outcome = dict[str, Any]
 
@@ -35,6 +37,7 @@ class Recorder:
         self.constraints = constraints
         self.clocks = clocks
         self.watch: Watch | None = None
+        self.sheets: Sheets | None = None
         self.phase = "search"
         self.cache_hits = 0
         self.num_failed = 0
@@ -247,10 +250,12 @@ class Recorder:
         """A final is settled: scored on validation, or with the reason why not."""
         self.cache_hits += bool(outcome.get("cached"))
         self.ended.add(final.id)
+        result = outcome.get("result")
+        if result is not None:
+            self._leave_sheet(final, outcome)
         if self.is_settled(final.id):
             return
         state, reason = settled
-        result = outcome.get("result")
         facts = _facts(final, state, reason, outcome)
         fitted = {"fitted": True} if outcome.get("kind") == "fit" else {}
         self.ledger.append("final_scored", **facts, phase=self.phase, **fitted)
@@ -263,6 +268,20 @@ class Recorder:
             reason=reason,
             **short(final.point),
         )
+
+    def _leave_sheet(self, final: Final, outcome: Outcome) -> None:
+        """Before the ledger has the score: who reads it there finds the sheet."""
+        if self.sheets is None:
+            return
+        training, started = self.trainings.get(final.training), self.view.started
+        branch = None if training is None else training.branch
+        is_fitted = outcome.get("kind") == "fit"
+        of = (final.id, final.training, final.seed, branch, is_fitted)
+        try:
+            origin = Origin(started, started.get("facts") or {}, *of)
+            self.sheets.leave(origin, was_found=bool(outcome.get("cached")))
+        except UsageError as error:  # the score stands without it
+            self.talk.say("warning", sheet=str(error))
 
     def sweep_cancelled(self, order: Order | None) -> None:
         """End the sweep, unless it has ended, after an interrupt that may have come anywhere."""

@@ -1,6 +1,7 @@
 """What each MLflow run of a sweep carries: name, tags, params, metrics, times.
 
-Pure: an event of the ledger goes in, plain data comes out; `tracking` writes it. Params hold only
+An event of the ledger goes in, and what its stage was computed with; plain data comes out, which
+`tracking` writes. Params hold only
 what varies, the recipe and the seed, because that is what the comparison pages line up. Whatever
 must be filtered by number is a metric, since MLflow compares params as text only.
 """
@@ -10,18 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from service.confirmed import is_legal, is_within_cap
+from service.facts import FACTS_FILE
 from service.labels import knob_names, run_name
 from service.ledger import SweepView
 from service.paths import Paths
 from service.report import best, has_several_seeds, status_document
+from service.sheet import SHEET_FILE
 from service.states import State
+from trainer.runtime.files import read_json
 
 ID_TAG, SWEEP_TAG, KIND_TAG = "fairway.id", "fairway.sweep", "fairway.kind"
 PARENT_TAG, STATE_TAG = "mlflow.parentRunId", "fairway.state"
-_MAX_TAG_CHARS = 7_900  # MLflow takes 8,000
+MAX_TAG_CHARS = 7_900  # MLflow takes 8,000
 _DIGEST_CHARS = 12  # the run page cuts a tag at about 25 characters
 # Facts that identify the sweep itself are told by other tags.
-_VERSION_FACTS = ("image_digest", "gpu", "driver", "python", "torch", "ray", "mlflow", "zstandard")
+_VERSION_FACTS = ("image_digest", "python", "torch", "ray", "mlflow", "zstandard")
+_WORKER_FACTS = (
+    *("image_digest", "driver", "cuda", "nccl", "attention", "python", "torch", "ray"),
+    *("zstandard", "brotli"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +45,8 @@ class RunFacts:
     ended_at_s: float | None = None
     status: str = "RUNNING"
     files: tuple[Path, ...] = ()
+    worker: dict[str, Any] = field(default_factory=dict)
+    """What the stage was computed with."""
 
 
 def sweep_run(view: SweepView, files: tuple[Path, ...] = ()) -> RunFacts:
@@ -91,16 +101,18 @@ def training_run(view: SweepView, event: dict[str, Any], paths: Paths) -> RunFac
     result = event.get("result") or {}
     spent_s = result.get("train_clock_s", 0.0) if not event.get("cached") else 0.0
     folder = paths.store / "trainings" / key
+    worker = _worker(folder)
     return RunFacts(
         id=key,
         name=_name(view, event, key),
-        tags=_tags(view, "training", key, state) | _outcome(event),
+        tags=_tags(view, "training", key, state) | _outcome(event) | _worker_tags(worker),
         params=_params(view, event),
         metrics=_training_metrics(result),
         started_at_s=event["at"] - spent_s,
         ended_at_s=event["at"] if is_finished else None,
         status=run_status(state),
         files=(folder / "task.json", folder / "result.json") if is_finished else (),
+        worker=worker,
     )
 
 
@@ -108,7 +120,8 @@ def final_run(view: SweepView, event: dict[str, Any], paths: Paths) -> RunFacts:
     """Describe a final from its `final_scored` event."""
     key, state, result = event["final"], State(event["state"]), event["result"]
     folder = paths.store / "finals" / key
-    tags = _tags(view, "final", key, state) | _outcome(event)
+    worker = _worker(folder)
+    tags = _tags(view, "final", key, state) | _outcome(event) | _worker_tags(worker)
     tags["fairway.training"] = event["training"]
     if event.get("fitted"):
         tags["fairway.fitted"] = _flag(True)
@@ -126,9 +139,25 @@ def final_run(view: SweepView, event: dict[str, Any], paths: Paths) -> RunFacts:
         ended_at_s=event["at"],
         status=run_status(state),
         files=tuple(
-            folder / name for name in ("task.json", "score.json", "audit.json", "result.json")
+            folder / name
+            for name in ("task.json", "score.json", "audit.json", "result.json", SHEET_FILE)
         ),
+        worker=worker,
     )
+
+
+def _worker(folder: Path) -> dict[str, Any]:
+    """The facts in a stage's folder, whichever version of Fairway wrote them."""
+    path = folder / FACTS_FILE
+    facts = read_json(path) if path.is_file() else {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _worker_tags(worker: dict[str, Any]) -> dict[str, str]:
+    tags = {f"fairway.{n}": str(worker[n]) for n in _WORKER_FACTS if worker.get(n)}
+    gpus = [gpu["name"] for gpu in worker.get("gpus") or ()]
+    counts = (f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus))
+    return tags | ({"fairway.gpu": ", ".join(counts)} if gpus else {})
 
 
 def _name(view: SweepView, event: dict[str, Any], key: str) -> str:
@@ -179,7 +208,7 @@ def _outcome(event: dict[str, Any]) -> dict[str, str]:
     tags = {"fairway.cached": _flag(event["cached"])} if "cached" in event else {}
     tags |= {f"fairway.{name}": event[name] for name in ("phase", "branch") if event.get(name)}
     reason = event.get("reason")
-    return tags | ({"fairway.reason": reason[:_MAX_TAG_CHARS]} if reason else {})
+    return tags | ({"fairway.reason": reason[:MAX_TAG_CHARS]} if reason else {})
 
 
 def _flag(holds: bool) -> str:
@@ -263,4 +292,4 @@ def _note(view: SweepView) -> str:
         lines.append(f"Best: {top['val_bpb']:.4f} bpb in {top['artifact_bytes']:,} bytes.")
     phases = {path: f" ({axes[path]})" for path in names if path in axes}
     knobs = [f"- `{names[path]}`: `{path}`{phases.get(path, '')}" for path in names]
-    return ("\n\n".join(lines) + "\n\nKnobs:\n" + "\n".join(knobs))[:_MAX_TAG_CHARS]
+    return ("\n\n".join(lines) + "\n\nKnobs:\n" + "\n".join(knobs))[:MAX_TAG_CHARS]

@@ -14,7 +14,7 @@ from typing import Any
 from service.choices import Choices
 from service.control import INTERRUPTS, Orders, cancellable, why
 from service.curves import read_curve
-from service.facts import environment
+from service.facts import MAX_DIFF_BYTES, dirty_diff, environment
 from service.identity import Inputs
 from service.judge import Judge, make_judge
 from service.launch import Launcher, Site
@@ -22,6 +22,7 @@ from service.ledger import Ledger, SweepView
 from service.plan import Plan, Training
 from service.policies import verdict
 from service.recorder import Recorder, trunk_found
+from service.sheet import Sheets
 from service.sides import check_gate, judge_sweep
 from service.sources import Planned
 from service.specs import ReferenceCurve
@@ -31,7 +32,7 @@ from service.sweep import Sweep
 from service.talk import Talk
 from trainer.codec import dump, to_yaml
 from trainer.errors import UsageError
-from trainer.runtime.files import write_text
+from trainer.runtime.files import write_bytes, write_text
 from tune_spaces.space import phase_of
 
 
@@ -78,6 +79,7 @@ class SweepRun:
             constraints = setting.sweep.constraints
             clocks = setting.sweep.clocks
             self.recorder = Recorder(self.ledger, self.store, self.talk, constraints, clocks)
+            self.recorder.sheets = Sheets(setting.site.paths, setting.site.dataset)
             self.choices = Choices(
                 setting.sweep, self.plan, setting.inputs, setting.file, self.recorder
             )
@@ -120,6 +122,7 @@ class SweepRun:
         sweep, plan = self.setting.sweep, self.plan
         self.interrupted = dict(self.ledger.view.begun)
         write_text(self.folder.spec, to_yaml(sweep.spec))
+        facts = self._facts()
         self.ledger.append(
             "sweep_started",
             sweep_id=plan.sweep_id,
@@ -134,7 +137,7 @@ class SweepRun:
             num_finals=plan.num_finals,
             cap_bytes=sweep.cap_bytes,
             plan_cost=plan.forecast,
-            facts={**environment(self.setting.site.dataset), "spec_digest": plan.sweep_id},
+            facts={**facts, "spec_digest": plan.sweep_id},
         )
         self.talk.say(
             "sweep_started",
@@ -143,6 +146,14 @@ class SweepRun:
             trainings=plan.num_trainings,
             finals=plan.num_finals,
         )
+
+    def _facts(self) -> dict[str, Any]:
+        """What this process was started from; what its code has over the commit is kept beside."""
+        diff = dirty_diff()
+        facts = environment(self.setting.site.dataset, diff)
+        if diff is not None and len(diff) <= MAX_DIFF_BYTES:
+            write_bytes(self.folder.diff(facts["git_diff_sha256"]), diff)
+        return facts
 
     def _record_known(self) -> None:
         """Take what the store has: from an earlier run, another sweep, or before a crash."""

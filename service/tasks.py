@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 
+from service.attention import choice, question_of
+from service.facts import WorkerFacts, write_facts
 from service.identity import ID_LENGTH, fit_digest, parity_id
 from service.store import Store
-from trainer.artifacts import collect, make_artifact
+from service.worker_facts import worker_facts
+from trainer.artifacts import collect, load_training, make_artifact
 from trainer.choosing import fit_artifact, rank
 from trainer.codec import dump, fingerprint, parse
 from trainer.data.shards import Dataset, load_dataset
@@ -58,7 +61,7 @@ def run_rank(job: dict[str, Any]) -> dict[str, Any]:
 
     def score(bench: _Bench, parity: Rule) -> dict[str, Any]:
         made = bench.artifact()
-        result, cached = bench.store.compute(
+        result, cached = bench.compute(
             "ranks",
             job["rank"],
             lambda folder: rank(
@@ -105,8 +108,26 @@ class _Bench:
     def training(self) -> Path:
         return self.store.folder("trainings", self.job["training"])
 
+    def compute(
+        self, kind: str, key: str, build: Callable[[Path], object], *, resumes: bool = False
+    ) -> tuple[dict[str, Any], bool]:
+        """Compute a stage, with the facts of who does beside it, or find it."""
+
+        def told(folder: Path) -> None:
+            write_facts(folder, self._facts())
+            build(folder)
+
+        return self.store.compute(kind, key, told, resumes=resumes)
+
+    def _facts(self) -> WorkerFacts:
+        """What this process computes with; the kernel is that of the evaluation."""
+        trained_as, _ = load_training(self.training)
+        device, dtype = self.ranks.device, trained_as.train.dtype
+        asked = question_of(trained_as.model, device.type, dtype, self.task.evaluate.window)
+        return worker_facts(device, choice(asked, learns=False))
+
     def parity(self) -> Rule:
-        checked, _ = self.store.compute(
+        checked, _ = self.compute(
             "parities",
             parity_id(self.job["training"]),
             lambda folder: check_parity(self.training, self.dataset, folder, self.ranks),
@@ -118,7 +139,7 @@ class _Bench:
         needed = hessians_task(artifact_task(self.task))
         if needed is None:
             return None
-        self.store.compute(
+        self.compute(
             "hessians",
             self.job["hessians"],
             lambda folder: collect(needed, self.training, self.dataset, folder, self.ranks),
@@ -128,7 +149,7 @@ class _Bench:
     def artifact(self) -> Path:
         """Make the artifact, or find it."""
         hessians, task = self.hessians(), artifact_task(self.task)
-        self.store.compute(
+        self.compute(
             "artifacts",
             self.job["artifact"],
             lambda folder: make_artifact(
@@ -150,7 +171,7 @@ class _Bench:
                 write_json(folder / "result.json", {"infeasible": str(error)})
 
         key = self._fitted_id(task, cap_bytes)
-        self.store.compute("fits", key, build)
+        self.compute("fits", key, build)
         return self.store.folder("fits", key)
 
     def _fitted_id(self, task: ArtifactTask, cap_bytes: int) -> str:
@@ -170,7 +191,7 @@ class _Bench:
 
     def score(self, task: FinalTask, made: Path, key: str, parity: Rule) -> dict[str, Any]:
         """Score and audit the artifact in `made` as the final of that id, or find it."""
-        result, cached = self.store.compute(
+        result, cached = self.compute(
             "finals",
             key,
             lambda folder: finalize(

@@ -11,8 +11,9 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ import ray
 import torch
 import torch.distributed as dist
 
+from service.attention import choice, question_of
+from service.facts import nvidia_driver, of_gang, write_facts
 from service.states import State
+from service.worker_facts import worker_facts
 from trainer.codec import dump, fingerprint, parse
 from trainer.data.shards import Dataset, load_dataset
 from trainer.errors import BackendError, DataError, FairwayError, OutOfMemory, Stopped
@@ -77,6 +81,7 @@ class Rank:
 
     def _greet(self) -> str | None:
         """Show what this gang runs on; return why it cannot work, if so."""
+        self.facts = of_gang(self._gather(worker_facts(self.ranks.device)))
         prints = self._gather(fingerprint_of(self.ranks.device) | {"skew_s": self._skew_s()})
         return self._share(lambda: self._ask("hello", self.gang, prints))
 
@@ -146,12 +151,25 @@ class Rank:
         # Only rank 0 writes. A rank 0 that outlives its killed driver must not write beside us.
         with locked(folder / "writer.lock") if is_first else nullcontext():
             if job["kind"] == "training":
+                self._leave_facts(task, [folder])
                 train(task, dataset, folder, ranks, start=start, steer=steer, memo=self.memo)
                 return
             states = [(parse(Departure, at, "states"), Path(left)) for at, left in job["states"]]
+            self._leave_facts(task, [left for _, left in states])
             grow_trunk(
                 task, dataset, states, folder, ranks, start=start, steer=steer, memo=self.memo
             )
+
+    def _leave_facts(self, task: TrainTask, folders: Sequence[Path]) -> None:
+        """Write down what this gang computes with, beside what it is to leave."""
+        if not self.ranks.is_first:
+            return
+        spec = task.train
+        asked = question_of(task.model, self.ranks.device.type, spec.dtype, spec.seq_len)
+        facts = replace(self.facts, attention=choice(asked, learns=True))
+        for folder in folders:
+            if not (folder / "result.json").is_file():  # what others left is theirs
+                write_facts(folder, facts)
 
     def _open(self, data: Path, folder: Path) -> Dataset:
         """Open a job's dataset; UnfitError where the ranks do not share it, or the store."""
@@ -230,16 +248,10 @@ def fingerprint_of(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if is_cuda else "cpu",
         "cuda": torch.version.cuda if is_cuda else None,
-        "driver": _driver() if is_cuda else None,
+        "driver": nvidia_driver() if is_cuda else None,
         "cpus": os.cpu_count(),
         "tflops": probe(device),
     }
-
-
-def _driver() -> str | None:
-    """The NVIDIA driver's version, as the kernel tells it."""
-    path = Path("/sys/module/nvidia/version")
-    return path.read_text().strip() if path.is_file() else None
 
 
 def probe(device: torch.device) -> float:

@@ -24,10 +24,11 @@ data prepare [SOURCES] --name --embedded --tokenizer --vocab-size --val-fraction
 --holdout-fraction --shard-tokens --seed --home
 data verify NAME --home
 doctor [SWEEP_FILE] -S --verify --home --address -o/--output
+export FINAL -o/--out --author --github --name --blurb --date --seeds --home --output
 fit BANK --cap -S --entry --recipe --data --train-tokens --tokens --tokenizer --limit --window \
 --stride --variant --dtype --out --home -o/--output
 gate SUBJECT --against --mode --min-gain-nats --alpha --home -o/--output
-import FILE --recipe -o/--out -S
+import FILE -o/--out --recipe -S --tokens
 logs SWEEP -f/--follow --source --server --token
 ls --state --owner --name --limit --server --token -o/--output
 pause SWEEP --server --token -o/--output
@@ -37,6 +38,7 @@ quantize BANK -o/--out -S --entry --recipe --data --train-tokens --tokenizer --d
 quota ls --home --database-url -o/--output
 quota set USER --gangs --gpu-hours --max-priority --window-days --home --database-url
 recipes [NAME] -o/--output
+replay RUN --data --allow -S --keep --tracking-uri --home -o/--output
 report [SWEEP] --home --server --token -o/--output --open
 resume SWEEP --server --token -o/--output
 run SWEEP_FILE -S --home --num-cpus --address --tracking-uri --no-tracking --expect -o/--output
@@ -53,6 +55,7 @@ token create USER --role --days --note --home --database-url
 token ls --home --database-url -o/--output
 token revoke TOKEN_ID --home --database-url
 validate SWEEP_FILE -S --home -o/--output
+verify RECORD --data --trust --home -o/--output
 """.splitlines()
 
 EXIT_CODES = {

@@ -15,10 +15,12 @@ from tests.integration.conftest import (
     NUM_TRAININGS,
     TAIL_STEPS,
     TRUNK_STEPS,
+    Cli,
     Finished,
     by_point,
     events,
 )
+from trainer.runtime.files import sha256_file
 
 
 def test_four_finals_come_from_each_training_and_none_trains_again(finished: Finished):
@@ -75,13 +77,46 @@ def test_the_first_run_found_nothing_to_reuse(finished: Finished):
     assert first_end["cache_hits"] == 0
 
 
+def test_every_stage_of_the_sweep_tells_what_it_was_computed_with(finished: Finished):
+    folders = [path.parent for path in finished.cli.home.glob("store/*/*/result.json")]
+    kinds = {folder.parent.name for folder in folders}
+
+    facts = [json.loads((folder / "facts.json").read_text()) for folder in folders]
+
+    assert {"states", "trainings", "parities", "artifacts", "finals"} <= kinds
+    assert {each["threads"] for each in facts} == {1}
+    assert {each["ray"] for each in facts} != {None}
+    assert {each["attention"] for each in facts} <= {"flash", "math"}
+
+
+def test_a_replay_of_the_best_on_a_clean_home_gives_the_same_artifact(
+    finished: Finished, tmp_path: Path
+):
+    best = finished.cli.json("best", "micro")
+    folder = finished.cli.home / "store/finals" / best["final"]
+    clean = Cli(tmp_path / "home", finished.cli.sweep)
+
+    done = clean("replay", str(folder / "sheet.json"), "-o", "json")
+
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    weights = folder / "artifact" / "weights.fw"
+    assert document["criterion"] == "the same bytes"
+    assert document["replayed"] == document["recorded"]
+    assert document["replayed"]["weights_sha256"] == sha256_file(weights)
+
+
 def test_running_again_computes_nothing(finished: Finished):
     before = by_point(finished.cli.home, ["weights_sha256"])
+    lost = next(finished.cli.home.glob("store/finals/*/sheet.json"))
+    sheet = lost.read_text()
+    lost.unlink()
 
     done = finished.cli.run()
 
     status = finished.cli.json("status", "micro")
     assert done.returncode == 0, done.stderr
+    assert lost.read_text() == sheet
     assert status["cache_hits"] == NUM_TRAININGS + NUM_FINALS
     assert status["trained_steps"] == TRUNK_STEPS + sum(TAIL_STEPS)
     assert by_point(finished.cli.home, ["weights_sha256"]) == before

@@ -4,6 +4,7 @@ Owns what a process must have set before it imports such a package. It imports n
 """
 
 import os
+from dataclasses import dataclass
 
 # Source: MLflow 3.17, mlflow/environment_variables.py.
 MLFLOW_CLIENT: dict[str, str] = {
@@ -31,8 +32,50 @@ RAY_DRIVER: dict[str, str] = {
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # its records are thrown away
 }
 
+# What sums may depend on: how many threads share them, and which kernels their libraries choose.
+NUMERICS = (
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_CBWR"),
+    *("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "CUBLAS_WORKSPACE_CONFIG"),
+    *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
+    *("NCCL_ALGO", "NCCL_PROTO", "NCCL_NVLS_ENABLE"),
+)
+
 # What only the service needs: its tokens, webhooks and stores, whose addresses may hold passwords.
 _SECRET_PREFIXES = ("FAIRWAY_", "MLFLOW_TRACKING_", "PG")
+_BUILD = {
+    "git_commit": "FAIRWAY_GIT_COMMIT",
+    "git_dirty": "FAIRWAY_GIT_DIRTY",
+    "lock_file": "FAIRWAY_LOCK_FILE",
+    "image_digest": "FAIRWAY_IMAGE_DIGEST",
+}
+"""What an image says of itself; no secret, and a sweep's own process records it."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuildFacts:
+    """What the image that this process runs in was built from; all None outside of one.
+
+    lock_file: the path of the file inside it that its packages were installed from.
+    """
+
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+    lock_file: str | None = None
+    image_digest: str | None = None
+
+
+def build_facts() -> BuildFacts:
+    """Read what the image says of itself. An empty variable tells nothing, and so does a dirty flag
+    that is neither true nor false."""
+    told = {fact: os.environ.get(name) or None for fact, name in _BUILD.items()}
+    dirty = {"1": True, "true": True, "0": False, "false": False}
+    flag = dirty.get((told.pop("git_dirty") or "").lower())
+    return BuildFacts(git_dirty=flag, **told)
+
+
+def numerics_variables() -> dict[str, str]:
+    """The variables of this process that its sums may depend on."""
+    return {name: os.environ[name] for name in NUMERICS if name in os.environ}
 
 
 def hand_down(variables: dict[str, str]) -> None:
@@ -45,7 +88,8 @@ def without_secrets() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(_SECRET_PREFIXES) and "DATABASE_URL" not in name
+        if name in _BUILD.values()
+        or (not name.startswith(_SECRET_PREFIXES) and "DATABASE_URL" not in name)
     }
 
 

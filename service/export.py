@@ -1,0 +1,259 @@
+"""A record folder of a home's final: every file from what its stages have recorded.
+
+All seeds of a configuration go in, or none: one that has no feasible and legal result is an error
+that names it, unless one seed alone is asked for, and then the record says which are left out.
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from service import report
+from service.confirmed import (
+    Group,
+    best_confirmed,
+    bpb_of,
+    confirm_groups,
+    counts,
+    is_scored,
+    registered_seeds,
+    sample_of_sweep,
+    search_groups,
+)
+from service.labels import short_value
+from service.ledger import SweepView, replay
+from service.paths import Paths, find_sweep
+from service.record import (
+    CODE,
+    REQUIREMENTS,
+    By,
+    Entry,
+    Record,
+    claims_of,
+    log_name,
+    requirements_of,
+    sheet_name,
+    weights_name,
+)
+from service.record_folder import README, SUBMISSION
+from service.record_log import log_text
+from service.record_readme import readme_of
+from service.sheet import Sheet, sheet_of, write_sheet
+from service.singlefile.write import write_single_file
+from trainer.errors import DataError, InfeasibleError, UsageError
+from trainer.runtime.files import sha256_file, write_bytes, write_json, write_text
+
+WEIGHTS_FILE = "weights.fw"  # as a final's artifact calls it
+Which = Literal["all", "one"]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a user says of a record; None takes what was recorded, or leaves it out."""
+
+    author: str | None = None
+    github_id: str | None = None
+    name: str | None = None
+    blurb: str | None = None
+    date: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """One configuration of a sweep with its finals by seed, and the final that stands for it."""
+
+    view: SweepView
+    group: Group
+    chosen: dict[str, Any]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The chosen final's seed, then the others in order."""
+        first = self.chosen["seed"]
+        return [first, *sorted(self.group.finals.keys() - {first})]
+
+
+def export(paths: Paths, ref: str, folder: Path, given: Given, which: Which = "all") -> Record:
+    """Write the record of a final, or of a sweep's best configuration, into a new folder.
+
+    UsageError where a fact is missing, a file was altered or the folder holds something already;
+    InfeasibleError where the configuration, or one of its seeds, is not feasible and legal.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder}: not empty; name a new folder")
+    of = find_configuration(paths, ref)
+    seeds = of.seeds if which == "all" else of.seeds[:1]
+    if which == "all":
+        _require_all(of)
+    sheets = [sheet_of(paths, of.group.finals[seed]["final"]) for seed in seeds]
+    _require_one_code(sheets)
+    making = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(making, ignore_errors=True)
+    try:
+        record = _write(paths, of, sheets, making, given)
+        if folder.exists():
+            folder.rmdir()
+        making.rename(folder)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    return record
+
+
+def find_configuration(paths: Paths, ref: str) -> Configuration:
+    """The configuration that a sweep's name or id, or a final's id or its start, is about."""
+    view = _sweep(paths, ref)
+    if view is not None:
+        group = _best(view)
+        return Configuration(view, group, group.typical())
+    final, view = _final(paths, ref)
+    event = view.finals[final]
+    if not counts(view, event):
+        raise InfeasibleError(f"{final}: it is {event['state']}: {event['reason']}")
+    return Configuration(view, _group(view, event), event)
+
+
+def _best(view: SweepView) -> Group:
+    """The configuration that a gate would judge: the confirmed one, else the lowest mean over all
+    seeds of the search. Raises where there is none, with the nearest miss."""
+    report.best_document(view, {})
+    sample_of_sweep(view)
+    confirmed, seeds = best_confirmed(view), registered_seeds(view, "search")
+    if confirmed is not None:
+        return confirmed
+    whole = [
+        group
+        for group in search_groups(view)
+        if group.finals.keys() >= set(seeds)
+        and all(counts(view, event) for event in group.finals.values())
+    ]
+    return min(whole, key=lambda group: (group.mean, group.key))
+
+
+def _final(paths: Paths, ref: str) -> tuple[str, SweepView]:
+    """A final by its id or a unique start of it, and the newest sweep that has scored it."""
+    mark, found = f'"final":"{ref}'.encode(), dict[str, SweepView]()
+    ledgers = paths.sweeps.glob("*/events.jsonl")
+    for ledger in sorted(ledgers, key=lambda path: path.stat().st_mtime):
+        if mark in ledger.read_bytes():
+            view = replay(ledger)
+            found |= {name: view for name in view.finals if name.startswith(ref)}
+    if not ref or not found:
+        raise UsageError(
+            f"{ref!r}: no sweep of {paths.home}, and none of its finals; `fairway best` prints one"
+        )
+    if len(found) > 1:
+        raise UsageError(f"{ref!r} fits {len(found)} finals; give more of its id")
+    return next(iter(found.items()))
+
+
+def _sweep(paths: Paths, ref: str) -> SweepView | None:
+    """The sweep that a reference names; None where it names none."""
+    known = [path.parent.name for path in paths.sweeps.glob("*/events.jsonl")]
+    if not ref or not any(name.startswith(ref) or name.rpartition("-")[0] == ref for name in known):
+        return None
+    return replay(find_sweep(paths, ref).ledger)
+
+
+def _group(view: SweepView, event: dict[str, Any]) -> Group:
+    is_confirmed = event.get("phase") == "confirm"
+    groups = confirm_groups(view) if is_confirmed else search_groups(view)
+    return next(
+        group
+        for group in groups
+        if any(each["final"] == event["final"] for each in group.finals.values())
+    )
+
+
+def _missing(of: Configuration) -> list[int]:
+    """The seeds that the sweep asked for, and that have no final of this configuration."""
+    asked = registered_seeds(of.view, of.chosen.get("phase", "search"))
+    return [seed for seed in asked if seed not in of.group.finals]
+
+
+def _require_all(of: Configuration) -> None:
+    """Raise where a seed of the configuration has no result that counts: none is dropped."""
+    fix = "every seed of a configuration is exported; name one with --seeds one"
+    for seed in _missing(of):
+        raise InfeasibleError(f"{of.chosen['final']}: no result for its seed {seed}; {fix}")
+    for seed, event in sorted(of.group.finals.items()):
+        if not counts(of.view, event):
+            raise InfeasibleError(
+                f"{event['final']}: seed {seed} is {event['state']}: "
+                f"{event['reason'] or 'see its audit'}; {fix}"
+            )
+
+
+def _require_one_code(sheets: list[Sheet]) -> None:
+    first = sheets[0]
+    for sheet in sheets[1:]:
+        if (sheet.code_digest, sheet.data.digest) != (first.code_digest, first.data.digest):
+            raise UsageError(
+                f"{sheet.final}: scored with other code or data than {first.final}; one record is "
+                "of one code"
+            )
+
+
+def _write(
+    paths: Paths, of: Configuration, sheets: list[Sheet], folder: Path, given: Given
+) -> Record:
+    """Write every file of the record into `folder`."""
+    folder.mkdir(parents=True)
+    entries = [Entry(sheet, _place(paths, sheet, folder)) for sheet in sheets]
+    first = sheets[0]
+    made = write_single_file(first.train_task, first.final_task, folder)
+    left_out = {
+        seed: bpb_of(event) if is_scored(event) else None
+        for seed, event in sorted(of.group.finals.items())
+        if seed not in [sheet.seed for sheet in sheets]
+    }
+    missing: dict[int, float | None] = dict.fromkeys(_missing(of))
+    by = _by(of, given, first)
+    record = Record(tuple(entries), by, made.num_bytes, {**left_out, **missing})
+    assert made.path == folder / CODE
+    write_text(folder / REQUIREMENTS, requirements_of(record))
+    for entry in entries:
+        journal = paths.store / "trainings" / entry.sheet.training / "metrics.jsonl"
+        if not journal.is_file():
+            raise DataError(f"{journal}: no such file; seed {entry.seed} has no log without it")
+        lines = journal.read_text(encoding="utf-8").splitlines()
+        write_text(folder / log_name(entry.seed), log_text(record, entry, lines))
+    hashes = {name: sha256_file(folder / name) for name in record.hashed_names}
+    write_json(folder / SUBMISSION, claims_of(record, hashes))
+    write_text(folder / README, readme_of(record))
+    return record
+
+
+def _place(paths: Paths, sheet: Sheet, folder: Path) -> int:
+    """Put a seed's sheet and weights into the folder; return the bytes of the weights."""
+    source = paths.store / "finals" / sheet.final / "artifact" / WEIGHTS_FILE
+    if not source.is_file():
+        raise DataError(f"{source}: no such file; run the sweep again")
+    target = folder / weights_name(sheet.seed)
+    write_bytes(target, source.read_bytes())
+    if sha256_file(target) != sheet.result.weights_sha256:
+        raise DataError(f"{source}: altered since it was written; remove its folder and run again")
+    write_sheet(folder / sheet_name(sheet.seed), sheet)
+    return target.stat().st_size
+
+
+def _by(of: Configuration, given: Given, first: Sheet) -> By:
+    """What the user says, and where they do not, what was recorded."""
+    point: Mapping[str, Any] = of.group.point
+    knobs = ", ".join(f"{name}={short_value(value)}" for name, value in point.items())
+    scored = datetime.fromtimestamp(of.chosen["at"], UTC)
+    recorded = By(
+        author=None,
+        github_id=None,
+        name=of.view.started["name"],
+        blurb=f"Recipe {first.recipe.name}" + (f" with {knobs}" if knobs else ""),
+        date=scored.strftime("%Y-%m-%d"),
+    )
+    said = {
+        name: value
+        for name in ("author", "github_id", "name", "blurb", "date")
+        if (value := getattr(given, name)) is not None
+    }
+    return replace(recorded, **said)

@@ -1,0 +1,16 @@
+"""One training file per recipe, cut out of the trainer.
+
+`write` is the door. `driver` is the file's own line, from arguments to result, and the root of all
+that is live; `stand_ins` replaces what a lone file does without. `cut` walks over the live code,
+`program` says what names in it mean, `world` keeps what is known, `walk` and `statements` decide.
+
+A recipe is frozen data, so every object of a spec's class is known before anything runs. Types are
+read from annotations, which the type checker holds the code against: an expression of a spec's
+type can only be one of the known objects, one of a class that live code never makes can only be
+None, a parameter only what some call hands to it. A condition that comes out the same for all of
+these is replaced by its outcome, and what stands in the other arm is not walked over, so what it
+names is not live. Wherever something is not understood, both arms stay: the file is larger, and no
+less right. The walk starts with nothing known to be made and is repeated until it finds nothing
+new; a condition on what nobody makes yet waits until the end. At last every name of the file is
+looked up in it.
+"""

@@ -1,0 +1,342 @@
+"""From the live code's root to the text of one file.
+
+The walk over all live definitions is repeated until it finds nothing new; only then is the text
+taken, so that what is cut was cut by all that is known.
+"""
+
+import ast
+import re
+import sys
+from typing import Final
+
+from service.singlefile.edits import Page
+from service.singlefile.names import check_names, new_names
+from service.singlefile.program import (
+    Definition,
+    ExportError,
+    External,
+    Module,
+    in_order,
+    read_module,
+)
+from service.singlefile.spell import Speller
+from service.singlefile.statements import walk_function
+from service.singlefile.tidy import tidy
+from service.singlefile.types import annotate
+from service.singlefile.walk import Walk, class_keys
+from service.singlefile.world import World, bases_of, is_class, is_known_class, is_protocol
+from trainer.specs.task import FinalTask, TrainTask
+
+ROOT: Final = "service.singlefile.driver"
+RECIPE: Final = "service.singlefile.recipe"
+# Whose methods nobody outside calls by name.
+_PLAIN_BASES: Final = {"Exception", "Protocol", "Generic"}
+_MAX_ROUNDS: Final = 60
+_HEAD: Final = '''\
+"""Train one model, finalize it and score what was written: `python train_gpt.py --data DIR`.
+
+Under torchrun with several workers. `--score WEIGHTS` only scores a weights file. Cut out of
+Fairway's trainer: what its recipe, TRAIN and FINAL below, does not reach is not here.
+"""
+
+from __future__ import annotations
+
+'''
+# Remarks to the tools that check the trainer.
+_ASIDE: Final = re.compile(
+    r"  # (type: ignore\[[\w-]+\]|pyright: ignore\[\w+\]|noqa: \w+|fmt: skip)( \([^)\n]*\))?"
+)
+ALLOWED: Final = {"torch", "numpy", "sentencepiece", "constriction"}
+
+
+class Cut:
+    """The live code of a recipe, and its text."""
+
+    def __init__(self, train: TrainTask, final: FinalTask) -> None:
+        self.world = World(train, final)
+        self.recipe = {"TRAIN": train, "FINAL": final}
+        self.renamed: dict[str, str] = {}
+        self.pages: dict[str, Page] = {}
+        driver = read_module(ROOT)
+        self.world.live[f"{ROOT}:main"] = driver.definitions["main"]
+        for name in ("TRAIN", "FINAL"):
+            self.world.live[f"{RECIPE}:{name}"] = read_module(RECIPE).definitions[name]
+        self._settle()
+        self.world.is_patient = False  # what still waits is taken as it is
+        self._settle()
+        self.renamed = new_names(self.world)
+        self._round()
+
+    def _settle(self) -> None:
+        for _ in range(_MAX_ROUNDS):
+            before = self.world.measure()
+            self._round()
+            if self.world.measure() == before:
+                return
+        raise ExportError(f"{ROOT}: the walk over the code does not settle")
+
+    def _round(self) -> None:
+        """Walk over everything that is live, until no definition is left that was not walked."""
+        self.pages = {}
+        walked: set[str] = set()
+        for owner in [*self.world.known]:
+            self.world.live.setdefault(owner, _of(owner))
+        while waiting := [name for name in self.world.live if name not in walked]:
+            for name in waiting:
+                walked.add(name)
+                self._walk(self.world.live[name])
+
+    def _walk(self, definition: Definition) -> None:
+        module = definition.module
+        page = self.pages.setdefault(module.name, Page(module.text))
+        walk = Walk(self.world, definition, page, self.renamed)
+        node = definition.node
+        if isinstance(node, ast.FunctionDef):
+            walk_function(walk, node)
+        elif isinstance(node, ast.ClassDef):
+            self._walk_class(walk, node)
+        elif module.name != RECIPE:
+            _walk_assignment(walk, node)
+        new = self.renamed.get(definition.qualname)
+        if new is not None:
+            _rename(page, node, new)
+
+    def _walk_class(self, walk: Walk, node: ast.ClassDef) -> None:
+        for decorator in node.decorator_list:
+            walk.expression(decorator)
+        for base in node.bases:
+            walk.classes(base.value if isinstance(base, ast.Subscript) else base)
+            if isinstance(base, ast.Subscript):
+                annotate(walk, base.slice)
+        keeps_all = _keeps_methods(walk.definition)
+        walk.scopes.append(set())
+        for index, part in enumerate(node.body):
+            match part:
+                case ast.FunctionDef():
+                    if keeps_all or self._is_called(walk.definition, part.name):
+                        method = Walk(self.world, walk.definition, walk.page, self.renamed, part)
+                        walk_function(method, part)
+                    else:
+                        _cut_part(walk, node, index)
+                case ast.AnnAssign(target=ast.Name(id=name)):
+                    if is_known_class(walk.definition) and self._is_void(walk.definition, name):
+                        _cut_part(walk, node, index)
+                    else:
+                        self._walk_field(walk, part, name)
+                case ast.Assign(value=value):
+                    walk.expression(value)
+        walk.scopes.pop()
+
+    def _is_called(self, definition: Definition, name: str) -> bool:
+        if name == "__post_init__":  # what a spec checks was checked when it was written down
+            return not is_known_class(definition)
+        return name.startswith("__") or name in self.world.names
+
+    def _is_void(self, definition: Definition, name: str) -> bool:
+        """Whether a field is None in every spec and nobody asks for it."""
+        owner, world = definition.qualname, self.world
+        if owner in world.open_classes or (owner, name) in world.open_fields:
+            return False
+        asked = {(owner, name), (owner, "*"), ("*", name), ("*", "*")}
+        values = [getattr(each.value, name) for each in world.known.get(owner, ())]
+        return bool(values) and not asked & world.reads and all(v is None for v in values)
+
+    def _walk_field(self, walk: Walk, node: ast.AnnAssign, name: str) -> None:
+        annotate(walk, node.annotation)
+        if node.value is None:
+            return
+        owner = walk.definition.qualname
+        if (
+            is_known_class(walk.definition)
+            and not _is_plain(node.value)
+            and (owner, name) not in self.world.wanted_defaults
+        ):
+            walk.page.replace(walk.text.span(node.annotation)[1], walk.text.span(node.value)[1])
+            return
+        walk.expression(node.value)
+
+    def default_of(self, owner: str, name: str) -> ast.expr | None:
+        """The default that a spec's field keeps."""
+        definition = _of(owner)
+        assert isinstance(definition.node, ast.ClassDef)
+        for node in definition.node.body:
+            match node:
+                case ast.AnnAssign(target=ast.Name(id=target), value=value) if target == name:
+                    return value if value is not None and _is_plain(value) else None
+        return None
+
+    def name_of(self, owner: str) -> str:
+        return self.renamed.get(owner, owner.partition(":")[2])
+
+    def text(self) -> str:
+        """Return the single file's source; ExportError if a name in it means nothing."""
+        parts = [self._head()]
+        said: set[str] = set()
+        for module in in_order(ROOT):
+            own = sorted(
+                (d for d in self.world.live.values() if d.module is module), key=lambda d: d.lines
+            )
+            own = [d for d in own if self.name_of(d.qualname) not in said]
+            said |= {self.name_of(d.qualname) for d in own}
+            if not own:
+                continue
+            self._check_effects(module, own)
+            parts.append(_banner(module))
+            for before, definition in zip([None, *own], own, strict=False):
+                parts.append(_gap(before, definition) + self._text_of(definition).strip("\n"))
+        source = "".join(parts)
+        source += '\n\n\nif __name__ == "__main__":\n    raise SystemExit(main())\n'
+        source = tidy(_ASIDE.sub("", source))
+        check_names(source)
+        return source
+
+    def _text_of(self, definition: Definition) -> str:
+        module = definition.module
+        if module.name == RECIPE:
+            speller = Speller(self.name_of, self.default_of)
+            return f"{definition.name} = {speller.spell(self.recipe[definition.name])}"
+        page, text = self.pages[module.name], module.text
+        first, last = definition.lines
+        return page.render(text.line_start(first), text.line_start(last + 1))
+
+    def _head(self) -> str:
+        plain: set[str] = set()
+        parts: dict[str, set[str]] = {}
+        bound: dict[str, External] = {}
+        for external in self.world.externals:
+            if bound.setdefault(external.bound, external) != external:
+                raise ExportError(f"{external.bound}: two imports bind it")
+            top = external.module.partition(".")[0]
+            if top not in ALLOWED and top not in sys.stdlib_module_names:
+                raise ExportError(f"{external.module}: the single file would need this package")
+            if external.name is None:
+                is_same = external.bound == external.module.partition(".")[0]
+                ending = "" if is_same else f" as {external.bound}"
+                plain.add(f"import {external.module}{ending}")
+            else:
+                is_same = external.name == external.bound
+                ending = "" if is_same else f" as {external.bound}"
+                parts.setdefault(external.module, set()).add(f"{external.name}{ending}")
+        lines = sorted(plain, key=lambda line: line.split()[1])
+        for name in sorted(parts):
+            lines.append(f"from {name} import {', '.join(sorted(parts[name]))}")
+        return _HEAD + "\n".join(lines)
+
+    def _check_effects(self, module: Module, own: list[Definition]) -> None:
+        names = {definition.name for definition in own}
+        for effect in module.effects:
+            touched = {n.id for n in ast.walk(effect) if isinstance(n, ast.Name)} & names
+            if touched:
+                raise ExportError(
+                    f"{module.name}, line {effect.lineno}: a statement that acts on "
+                    f"{', '.join(sorted(touched))} cannot be cut out"
+                )
+
+
+def _of(owner: str) -> Definition:
+    module, _, name = owner.partition(":")
+    return read_module(module).definitions[name]
+
+
+def _is_plain(node: ast.expr) -> bool:
+    """Whether a default is a literal."""
+    try:
+        ast.literal_eval(node)
+    except ValueError:
+        return False
+    return True
+
+
+def _keeps_methods(definition: Definition) -> bool:
+    """Whether something outside may call a class's methods: what it derives from."""
+    if is_protocol(definition):
+        return True
+    for base in bases_of(definition):
+        if isinstance(base, Definition):
+            if _keeps_methods(base):
+                return True
+        elif isinstance(base, External) and base.name not in _PLAIN_BASES:
+            return True
+    return False
+
+
+def _cut_part(walk: Walk, node: ast.ClassDef, index: int) -> None:
+    """Take a field or method out of a class, with its docstring and the blank lines before it."""
+    part = node.body[index]
+    first, last = walk.text.lines_of(part)
+    assert last is not None
+    for after in node.body[index + 1 : index + 2]:
+        match part, after:
+            case ast.AnnAssign(), ast.Expr(value=ast.Constant(value=str())):
+                last = after.end_lineno or last
+    while first > 1 and not walk.text.line(first - 1).strip():
+        first -= 1
+    walk.page.cut_lines(first, last)
+
+
+def _walk_assignment(walk: Walk, node: ast.Assign | ast.AnnAssign) -> None:
+    if isinstance(node, ast.AnnAssign):
+        annotate(walk, node.annotation)
+    if walk.definition.is_alias and node.value is not None:
+        annotate(walk, node.value)
+        return
+    keys = class_keys(walk.world, walk.definition)
+    if keys is None or walk.definition.qualname in walk.world.handed_on:
+        walk.expression(node.value)
+        return
+    assert isinstance(node.value, ast.Dict)
+    pieces: list[str | tuple[int, int]] = []
+    for key, value in zip(node.value.keys, node.value.values, strict=True):
+        assert key is not None
+        meaning = walk.meaning(key)
+        assert isinstance(meaning, Definition)
+        if walk.evaluator.objects_of(meaning) == frozenset():
+            continue
+        pieces += [", ", walk.text.span(key), ": ", walk.text.span(value)]
+        walk.need(meaning)
+        walk.rename(key, meaning)
+        walk.expression(value)
+    walk.page.replace(*walk.text.span(node.value), "{", *pieces[1:], "}")
+
+
+def _rename(page: Page, node: ast.stmt, new: str) -> None:
+    """Give a definition its new name where it is defined."""
+    text = page.text
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        word = "def " if isinstance(node, ast.FunctionDef) else "class "
+        start = text.at(node.lineno, node.col_offset) + len(word)
+        page.replace(start, start + len(node.name), new)
+        return
+    target = node.targets[0] if isinstance(node, ast.Assign) else node.target  # type: ignore[attr-defined]
+    page.replace(*text.span(target), new)
+
+
+def _gap(before: Definition | None, after: Definition) -> str:
+    """The blank lines between two definitions: as they were, if both are assignments."""
+    pair = [each.node for each in (before, after) if each is not None]
+    if before is None or not all(isinstance(node, ast.Assign | ast.AnnAssign) for node in pair):
+        return "\n\n\n"
+    return "\n" if before.lines[1] + 1 == after.lines[0] else "\n\n"
+
+
+def _banner(module: Module) -> str:
+    said = (ast.get_docstring(module.tree) or "").strip()
+    lines = [f"# === {module.name}", *(f"# {line}".rstrip() for line in said.splitlines())]
+    return "\n\n\n" + "\n".join(lines)
+
+
+def packages_of(cut: Cut) -> tuple[str, ...]:
+    """Return the packages outside the standard library that the file imports, its compressor's
+    too."""
+    found = {each.module.partition(".")[0] for each in cut.world.externals}
+    kind = cut.world.kind_of_weights()
+    found |= {"zstd": {"zstandard"}, "brotli": {"brotli"}, "range": {"brotli"}}.get(kind, set())
+    return tuple(sorted(found - set(sys.stdlib_module_names)))
+
+
+def classes_of(cut: Cut) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the classes that are in the file, and those of the same modules that are not."""
+    there = {d.name for d in cut.world.live.values() if is_class(d)}
+    modules = [m for m in in_order(ROOT) if m.name.startswith("trainer.")]
+    every = {name for m in modules for name, d in m.definitions.items() if is_class(d)}
+    return tuple(sorted(there)), tuple(sorted(every - there))

@@ -1,0 +1,144 @@
+"""What is known while the single file is cut: specs that exist, classes that are made, names used.
+
+It only ever grows. A walk over the live code adds what it meets, and is repeated until it adds
+nothing; what was decided before that, by less, is decided again.
+"""
+
+import ast
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Final
+
+from service.singlefile.program import Definition, External, Meaning, meaning_of, read_module
+from service.singlefile.values import Const, Value, join
+from trainer.blueprint import blueprint
+from trainer.specs.model import ModelSpec
+from trainer.specs.task import FinalTask, TrainTask
+
+# Their objects are all known before anything runs: the recipe is data, and what computes a
+# blueprint from it is pure.
+_KNOWN_MODULES: Final = ("trainer.specs.", "trainer.blueprint")
+COMPUTED: Final = "trainer.blueprint"
+
+
+@dataclass(eq=False)
+class World:
+    """Facts, by qualified name of a definition."""
+
+    train: TrainTask
+    final: FinalTask
+    known: dict[str, set[Const]] = field(default_factory=dict)
+    """Every object of a spec's class."""
+    open_classes: set[str] = field(default_factory=set)
+    open_fields: set[tuple[str, str]] = field(default_factory=set)
+    """What running code may set to anything."""
+    made: set[str] = field(default_factory=set)
+    """Classes that live code makes objects of or hands on, and what they derive from."""
+    live: dict[str, Definition] = field(default_factory=dict)
+    externals: set[External] = field(default_factory=set)
+    handed_on: set[str] = field(default_factory=set)
+    """Functions that are used other than by calling them by name."""
+    arguments: dict[tuple[str, str], Value] = field(default_factory=dict)
+    """What is handed to a function's parameter, by all calls of it."""
+    names: set[str] = field(default_factory=set)
+    """Attributes that live code reads, and strings that may name one."""
+    reads: set[tuple[str, str]] = field(default_factory=set)
+    """Fields of specs that live code reads."""
+    wanted_defaults: set[tuple[str, str]] = field(default_factory=set)
+    is_patient: bool = True
+    """Whether code waits that works on what nobody has made yet."""
+
+    def __post_init__(self) -> None:
+        self.learn([self.train, self.final])
+
+    def learn(self, objects: Iterable[Any]) -> None:
+        """Take objects and all that they hold into what is known."""
+        for value in objects:
+            if isinstance(value, tuple):
+                self.learn(value)
+            if not is_dataclass(value) or isinstance(value, type):
+                continue
+            owner = qualname_of(type(value))
+            if Const(value) in self.known.setdefault(owner, set()):
+                continue
+            self.known[owner].add(Const(value))
+            self.made.add(owner)
+            self.learn(getattr(value, each.name) for each in fields(value))
+            if isinstance(value, ModelSpec):
+                self.learn([value.exported(), blueprint(value)])
+
+    def measure(self) -> int:
+        """Return a number that grows with all that is known."""
+        parts = (self.open_classes, self.open_fields, self.made, self.live, self.externals,
+                 self.handed_on, self.names, self.reads, self.wanted_defaults)  # fmt: skip
+        given = sum(1000 if v is None else 1 + len(v) for v in self.arguments.values())
+        return sum(map(len, parts)) + sum(map(len, self.known.values())) + given
+
+    def hand(self, function: str, name: str, value: Value) -> None:
+        """Note what a call hands to a parameter."""
+        key = (function, name)
+        self.arguments[key] = join([self.arguments.get(key, frozenset()), value])
+
+    def is_closed(self, value: Any) -> bool:
+        """Whether nothing sets a field of a spec, or of what it holds, to anything else."""
+        if isinstance(value, tuple):
+            return all(map(self.is_closed, value))
+        if not is_dataclass(value) or isinstance(value, type):
+            return True
+        owner = qualname_of(type(value))
+        is_open = owner in self.open_classes or any(owner == each for each, _ in self.open_fields)
+        return not is_open and all(self.is_closed(getattr(value, f.name)) for f in fields(value))
+
+    def kind_of_weights(self) -> str:
+        """The only kind of weights file that the single file reads."""
+        return self.final.final.compress.kind
+
+
+def qualname_of(cls: type[Any]) -> str:
+    """Return a class's qualified name, module:name."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def is_known_class(definition: Meaning) -> bool:
+    """Whether a name stands for a class whose objects are all known."""
+    return (
+        isinstance(definition, Definition)
+        and isinstance(definition.node, ast.ClassDef)
+        and definition.module.name.startswith(_KNOWN_MODULES)
+    )
+
+
+def is_class(definition: Meaning) -> bool:
+    """Whether a name stands for a class of ours."""
+    return isinstance(definition, Definition) and isinstance(definition.node, ast.ClassDef)
+
+
+def definition_of(qualname: str) -> Definition:
+    """Return what a qualified name stands for."""
+    module, _, name = qualname.partition(":")
+    return read_module(module).definitions[name]
+
+
+def bases_of(definition: Definition) -> list[Meaning]:
+    """What a class derives from."""
+    assert isinstance(definition.node, ast.ClassDef)
+    found: list[Meaning] = []
+    for base in definition.node.bases:
+        inner = base.value if isinstance(base, ast.Subscript) else base
+        if isinstance(inner, ast.Name):
+            found.append(meaning_of(definition.module, inner.id))
+        else:
+            found.append(External("", ast.unparse(inner), ""))
+    return found
+
+
+def is_protocol(definition: Definition) -> bool:
+    """Whether a class only says what others look like."""
+    names = [base.name for base in bases_of(definition) if isinstance(base, External)]
+    return "Protocol" in names
+
+
+def line_of(definition: Definition) -> list[Definition]:
+    """A class of ours and those of ours that it derives from."""
+    above = [base for base in bases_of(definition) if isinstance(base, Definition)]
+    return [definition, *(each for base in above for each in line_of(base))]
