@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 JOBS ?= 2
+PROFILE ?= cpu
+PIP_CONF ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -19,7 +21,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help $(VENV) sweep test check types clean constraints
+.PHONY: help $(VENV) sweep test check types clean constraints up smoke down locks
 
 help: ## Say what can be made.
 	@sed -n 's/^\([a-z.]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -67,6 +69,19 @@ constraints: ## Resolve constraints.txt anew (needs uv).
 	  --no-emit-project --no-annotate --no-header --all-extras --all-groups -o pins.txt); \
 	{ grep '^#' constraints.txt; cat "$$scratch/pins.txt"; } >"$$scratch/constraints.txt"; \
 	cp "$$scratch/constraints.txt" constraints.txt
+
+up: ## Build the images and start the stack on this machine: PROFILE=cpu or gpu.
+	$(PYTHON) docker/stack.py build --profile $(PROFILE) $(if $(PIP_CONF),--pip-conf $(PIP_CONF))
+	$(PYTHON) docker/stack.py up
+
+smoke: ## See that the running stack works and is shut.
+	$(PYTHON) docker/smoke.py
+
+down: ## End the stack; what it holds stays.
+	$(PYTHON) docker/stack.py down
+
+locks: $(STAMP) ## Write docker/requirements*.lock anew (needs uv, and torch's CPU wheel by UV_FIND_LINKS).
+	$(BIN)/python docker/lock.py
 
 clean: ## Remove what the other targets made, except .venv and the results in .fairway.
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
