@@ -35,7 +35,9 @@ except OSError as error:
 def test_a_program_finds_its_files_and_none_of_our_packages() -> None:
     room = CleanRoom({**os.environ, "SECRET": "token"})
 
-    done = room.run({"see.py": SEE.encode(), "w.fw": b"1"}, ["see.py", "--score", "w.fw"], threads=2)
+    done = room.run(
+        {"see.py": SEE.encode(), "w.fw": b"1"}, ["see.py", "--score", "w.fw"], threads=2
+    )
 
     seen = json.loads(done.stdout)
     assert seen["absent"] == ["service", "trainer", "tune_spaces"]
