@@ -5,6 +5,7 @@ PYTHON ?= python3
 JOBS ?= 2
 PROFILE ?= cpu
 PIP_CONF ?=
+DIRTY ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -71,7 +72,7 @@ constraints: ## Resolve constraints.txt anew (needs uv).
 	cp "$$scratch/constraints.txt" constraints.txt
 
 up: ## Build the images and start the stack on this machine: PROFILE=cpu or gpu.
-	$(PYTHON) docker/stack.py build --profile $(PROFILE) $(if $(PIP_CONF),--pip-conf $(PIP_CONF))
+	$(PYTHON) docker/stack.py build --profile $(PROFILE) $(if $(DIRTY),--dirty) $(if $(PIP_CONF),--pip-conf $(PIP_CONF))
 	$(PYTHON) docker/stack.py up
 
 smoke: ## See that the running stack works and is shut.

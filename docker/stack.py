@@ -2,12 +2,14 @@
 
     stack.py secrets                        write the secrets that are missing
     stack.py build --profile cpu [-- FLAG]  build the images; flags go to the engine's build
+        [--dirty]                           of a tree that is not its commit: with the difference
     stack.py up                             start everything, and wait until it is ready
     stack.py down [--volumes]               end it; --volumes deletes everything that it holds
 
 What was built stands in .env, which compose reads: the images, their digests, the profile. Other
-settings may be written there by hand and are kept. FAIRWAY_ENGINE=podman takes podman and
-podman-compose in place of docker. Needs nothing but Python and the engine.
+settings may be written there by hand and are kept; the environment goes before .env.
+FAIRWAY_ENGINE=podman takes podman and podman-compose in place of docker. Needs nothing but Python
+and the engine.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import os
 import secrets
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -26,7 +29,12 @@ DOCKER = Path(__file__).resolve().parent
 ROOT = DOCKER.parent
 ENV, SECRETS = DOCKER / ".env", DOCKER / "secrets"
 ADMIN_TOKEN = SECRETS / "admin_token"
-TARGETS = {"cpu": ("service", "trainer-cpu"), "gpu": ("service", "trainer")}
+PROFILES = {"cpu": ("service", "trainer-cpu"), "gpu": ("service", "trainer")}
+SOURCES = ("service", "trainer", "tune_spaces")
+"""The folders whose files go into an image, known to git or not."""
+IMAGES = tuple(
+    f"FAIRWAY_{role}_{fact}" for role in ("SERVICE", "TRAINER") for fact in ("IMAGE", "DIGEST")
+)
 MADE = ("fairway_db_password", "mlflow_db_password", "postgres_password", "ray_token")
 READY_S = 600.0
 DATABASE_S = 120.0
@@ -38,7 +46,8 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("secrets", help="write the secrets that are missing")
     build_parser = verbs.add_parser("build", help="build the images")
-    build_parser.add_argument("--profile", choices=sorted(TARGETS), default="cpu")
+    build_parser.add_argument("--profile", choices=sorted(PROFILES), default="cpu")
+    build_parser.add_argument("--dirty", action="store_true", help="what is not committed, too")
     build_parser.add_argument("--pip-conf", type=Path, help="where packages come from")
     build_parser.add_argument("flags", nargs="*", help="for the engine's build, after a --")
     verbs.add_parser("up", help="start everything and wait until it is ready")
@@ -48,7 +57,7 @@ def main() -> None:
     if told.verb == "secrets":
         write_secrets()
     elif told.verb == "build":
-        build(told.profile, told.pip_conf, told.flags)
+        build(told.profile, told.pip_conf, told.flags, with_diff=told.dirty)
     elif told.verb == "up":
         up()
     else:
@@ -69,33 +78,76 @@ def write_secrets() -> None:
             _write_new(path, secrets.token_hex(32), 0o444)
 
 
-def build(profile: str, pip_conf: Path | None, flags: list[str]) -> None:
-    """Build the images of a profile, name each after its digest, and write both into .env."""
+def build(profile: str, pip_conf: Path | None, flags: list[str], *, with_diff: bool) -> None:
+    """Build the images of a profile, name each after its digest, and write both into .env.
+
+    What the tree has over its commit goes into the images `with_diff`, and is refused without.
+    """
     commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    dirty = bool(_output("git", "-C", str(ROOT), "status", "--porcelain"))
+    diff = tree_diff()
+    if diff and not with_diff:
+        _fail(
+            f"{ROOT}: differs from its commit by {len(diff)} bytes of diff; commit them, or have "
+            "them in the images with build --dirty"
+        )
     facts = {"COMPOSE_PROFILES": profile}
-    for target in TARGETS[profile]:
-        lock = (DOCKER / f"requirements-{target}.lock").read_bytes()
-        arguments = {
-            "GIT_COMMIT": commit,
-            "GIT_DIRTY": str(dirty).lower(),
-            "LOCK_SHA256": hashlib.sha256(lock).hexdigest(),
-        }
-        words = [word for item in arguments.items() for word in ("--build-arg", "=".join(item))]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "git.diff")
+        path.write_bytes(diff)
+        path.chmod(0o644)  # for the image's user
+        words = ["--build-context", f"diff={folder}"] if diff else []
         if pip_conf is not None:
             words += ["--secret", f"id=pip_conf,src={pip_conf.absolute()}"]
-        name = f"fairway-{target}"
-        _run(
-            *(engine(), "build", "--file", str(DOCKER / "Dockerfile"), "--target", target),
-            *("--platform", "linux/amd64", "--tag", f"{name}:latest", *words, *flags, str(ROOT)),
-        )
-        found = _output(engine(), "image", "inspect", "--format", "{{.Id}}", f"{name}:latest")
-        digest = f"sha256:{found.removeprefix('sha256:')}"
-        image = f"{name}:{digest.removeprefix('sha256:')[:12]}"
-        _run(engine(), "tag", f"{name}:latest", image)
-        key = "FAIRWAY_SERVICE" if target == "service" else "FAIRWAY_TRAINER"
-        facts |= {f"{key}_IMAGE": image, f"{key}_DIGEST": digest}
+        for image in PROFILES[profile]:
+            arguments = {
+                "IMAGE": image,
+                "GIT_COMMIT": commit,
+                "GIT_DIRTY": str(bool(diff)).lower(),
+                "GIT_DIFF_SHA256": hashlib.sha256(diff).hexdigest(),
+                "LOCK_SHA256": hashlib.sha256(_lock(image).read_bytes()).hexdigest(),
+            }
+            facts |= _build(image, arguments, [*words, *flags])
     _write_env(facts)
+
+
+def _lock(image: str) -> Path:
+    return DOCKER / f"requirements-{image}.lock"
+
+
+def _build(image: str, arguments: dict[str, str], flags: list[str]) -> dict[str, str]:
+    """Build one image; return what .env says of it."""
+    words = [word for item in arguments.items() for word in ("--build-arg", "=".join(item))]
+    name = f"fairway-{image}"
+    _run(
+        *(engine(), "build", "--file", str(DOCKER / "Dockerfile"), "--platform", "linux/amd64"),
+        *("--tag", f"{name}:latest", *words, *flags, str(ROOT)),
+    )
+    found = _output(engine(), "image", "inspect", "--format", "{{.Id}}", f"{name}:latest")
+    sha256 = found.removeprefix("sha256:")
+    tagged = f"{name}:{sha256[:12]}"
+    _run(engine(), "tag", f"{name}:latest", tagged)
+    key = "FAIRWAY_SERVICE" if image == "service" else "FAIRWAY_TRAINER"
+    return {f"{key}_IMAGE": tagged, f"{key}_DIGEST": f"sha256:{sha256}"}
+
+
+def tree_diff() -> bytes:
+    """What the tree has over its commit, as `git apply` takes it: tracked files, and those of the
+    images' folders that git does not know yet. Empty where it is clean."""
+    plain = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv")
+    diff = _git(*plain, "HEAD", "--")
+    listed = _git("ls-files", "-z", "--others", "--exclude-standard", "--", *SOURCES)
+    for name in filter(None, os.fsdecode(listed).split("\0")):
+        diff += _git(*plain, "--no-index", "--", "/dev/null", name, differs=1)
+    return diff
+
+
+def _git(*words: str, differs: int = 0) -> bytes:
+    """What git prints; `differs` is the exit code that is no fault beside 0."""
+    command = ["git", "-C", str(ROOT), *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE)
+    if done.returncode not in (0, differs):
+        raise subprocess.CalledProcessError(done.returncode, command)
+    return done.stdout
 
 
 def up() -> None:
@@ -103,18 +155,14 @@ def up() -> None:
 
     The service refuses to listen beyond loopback as long as no token exists.
     """
-    if "FAIRWAY_SERVICE_IMAGE" not in read_env():
-        _fail(f"{ENV}: names no images; build them first, with stack.py build")
+    missing = [name for name in IMAGES if not setting(name)]
+    if missing:
+        _fail(f"{ENV}: names no {', '.join(missing)}; build the images first, with stack.py build")
     write_secrets()
     compose("up", "-d", "postgres")
     _wait_for_database()
-    if not ADMIN_TOKEN.exists():
-        create = ("fairway", "token", "create", "admin", "--role", "admin")
-        said = compose("run", "--rm", "--no-deps", "-T", "service", *create, capture=True)
-        tokens = [line for line in said.splitlines() if line.startswith("fwy_")]
-        if len(tokens) != 1:
-            _fail("`fairway token create` printed no token; see the database's log")
-        _write_new(ADMIN_TOKEN, tokens[0].strip(), 0o600)
+    if not (ADMIN_TOKEN.exists() and _has_token()):
+        _create_token()
     if engine() == "podman":
         # podman-compose waits for nobody's health, and podman 4 starts nothing that depends on what
         # has ended. Whatever comes up too early is started again.
@@ -124,6 +172,25 @@ def up() -> None:
         compose("up", "-d")
     _wait_until_ready()
     print(f"Fairway is ready at {address()}, its admin's token in {ADMIN_TOKEN}")
+
+
+def _has_token() -> bool:
+    """Whether the database knows a token; it may be another than the one that a file here is of."""
+    return '"active": true' in _in_service("fairway", "token", "ls", "--output", "json")
+
+
+def _create_token() -> None:
+    said = _in_service("fairway", "token", "create", "admin", "--role", "admin")
+    tokens = [line for line in said.splitlines() if line.startswith("fwy_")]
+    if len(tokens) != 1:
+        _fail("`fairway token create` printed no token; see the database's log")
+    ADMIN_TOKEN.unlink(missing_ok=True)
+    _write_new(ADMIN_TOKEN, tokens[0].strip(), 0o600)
+
+
+def _in_service(*words: str) -> str:
+    """What a command prints in a container like the service's."""
+    return compose("run", "--rm", "--no-deps", "-T", "service", *words, capture=True)
 
 
 def down(*, with_volumes: bool) -> None:
@@ -153,9 +220,9 @@ def address() -> str:
     return f"http://127.0.0.1:{setting('FAIRWAY_PORT', '7878')}"
 
 
-def setting(name: str, default: str) -> str:
-    """A setting as compose sees it: of the environment, or of .env."""
-    return os.environ.get(name) or read_env().get(name) or default
+def setting(name: str, default: str = "") -> str:
+    """A setting as compose sees it: the environment goes before .env."""
+    return os.environ.get(name, read_env().get(name)) or default
 
 
 def read_env() -> dict[str, str]:
@@ -218,7 +285,7 @@ def _output(*words: str) -> str:
 def _run(*words: str, capture: bool = False) -> str:
     options: dict[str, Any] = {"capture_output": True} if capture else {}
     done = subprocess.run(
-        words, cwd=DOCKER, env={**os.environ, **read_env()}, check=True, text=True, **options
+        words, cwd=DOCKER, env={**read_env(), **os.environ}, check=True, text=True, **options
     )
     return done.stdout or ""
 

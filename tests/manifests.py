@@ -163,7 +163,7 @@ def matches(selector: Document, labels: dict[str, str]) -> bool:
 
 
 def allowed(documents: tuple[Document, ...]) -> set[tuple[str, str, int | None]]:
-    """Who may call whom on which port, None for all: what both sides' policies allow."""
+    """Which of our pods may call which on which port, None for all: what both sides allow."""
     parts = {each.part: each.labels for each in pods(documents)}
     policies = [document["spec"] for document in of_kind(documents, "NetworkPolicy")]
     outward: set[tuple[str, str, int | None]] = set()
@@ -171,12 +171,48 @@ def allowed(documents: tuple[Document, ...]) -> set[tuple[str, str, int | None]]
     for policy in policies:
         here = [part for part, labels in parts.items() if matches(policy["podSelector"], labels)]
         for rule in policy.get("egress", []):
-            ends = _ends(rule.get("to", []), parts)
+            ends = _ends(_peers(rule, "to"), parts)
             outward |= {(a, b, port) for a in here for b in ends for port in _ports(rule)}
         for rule in policy.get("ingress", []):
-            ends = _ends(rule.get("from", []), parts)
+            ends = _ends(_peers(rule, "from"), parts)
             inward |= {(b, a, port) for a in here for b in ends for port in _ports(rule)}
     return outward & inward
+
+
+def allowed_outside(documents: tuple[Document, ...]) -> set[tuple[str, str, int | None]]:
+    """Who may call whom on which port where one of the two is not ours: a range of addresses, or
+    `namespaces/pods` by their labels, * for all."""
+    parts = {each.part: each.labels for each in pods(documents)}
+    found: set[tuple[str, str, int | None]] = set()
+    for policy in (document["spec"] for document in of_kind(documents, "NetworkPolicy")):
+        here = [part for part, labels in parts.items() if matches(policy["podSelector"], labels)]
+        for rule in policy.get("egress", []):
+            others = _outsiders(_peers(rule, "to"))
+            found |= {(a, b, port) for a in here for b in others for port in _ports(rule)}
+        for rule in policy.get("ingress", []):
+            others = _outsiders(_peers(rule, "from"))
+            found |= {(b, a, port) for a in here for b in others for port in _ports(rule)}
+    return found
+
+
+def _peers(rule: Document, side: str) -> list[Document]:
+    peers = rule.get(side)
+    assert peers, f"{rule}: open to everybody, as it has no `{side}`"
+    return peers
+
+
+def _outsiders(peers: list[Document]) -> list[str]:
+    return [_named(peer) for peer in peers if set(peer) != {"podSelector"}]
+
+
+def _named(peer: Document) -> str:
+    if "ipBlock" in peer:
+        assert set(peer["ipBlock"]) == {"cidr"}, peer
+        return peer["ipBlock"]["cidr"]
+    selectors = (peer["namespaceSelector"], peer.get("podSelector", {}))
+    assert all(set(selector) <= {"matchLabels"} for selector in selectors), peer
+    labels = (selector.get("matchLabels", {}).items() for selector in selectors)
+    return "/".join(",".join(f"{key}={value}" for key, value in each) or "*" for each in labels)
 
 
 def _ends(peers: list[Document], parts: dict[str, dict[str, str]]) -> set[str]:
@@ -186,6 +222,7 @@ def _ends(peers: list[Document], parts: dict[str, dict[str, str]]) -> set[str]:
 
 
 def _ports(rule: Document) -> list[int | None]:
+    assert not [port for port in rule.get("ports", []) if "endPort" in port], rule
     return [port["port"] for port in rule.get("ports", [])] or [None]
 
 

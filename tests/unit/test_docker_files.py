@@ -4,7 +4,6 @@ import hashlib
 import os
 import re
 import shutil
-import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,8 +16,11 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.containers import dockerfile
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"
+SCRIPTS = sorted(str(path.relative_to(DOCKER)) for path in DOCKER.rglob("*.sh"))
 EXTRAS = {
     "service": {"serve", "mlflow", "postgres", "ray"},
     "trainer": {"train", "mlflow", "ray"},
@@ -57,9 +59,7 @@ def services(compose: dict[str, Any]) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def stages() -> dict[str, str]:
     """The Dockerfile's stages by name."""
-    text = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
-    parts = re.split(r"^FROM (\S+) AS (\S+)$", text, flags=re.MULTILINE)
-    return dict(zip(parts[2::3], parts[3::3], strict=True))
+    return dockerfile.stages()
 
 
 # ---- what other tools say ---------------------------------------------------------------------
@@ -75,7 +75,7 @@ def test_the_compose_file_fits_the_compose_specification() -> None:
     _ask("check-jsonschema", *options, package="check-jsonschema")
 
 
-@pytest.mark.parametrize("script", ["entrypoint.sh", "postgres-roles.sh"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_shell_scripts_parse_and_may_be_executed(script: str) -> None:
     assert subprocess.run(["sh", "-n", str(DOCKER / script)]).returncode == 0
     assert os.access(DOCKER / script, os.X_OK)
@@ -144,24 +144,32 @@ def test_the_base_is_pinned_by_digest() -> None:
     froms = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
 
     assert BY_DIGEST.fullmatch(base)
-    assert {name for name in froms if name not in own} == {"${BASE_IMAGE}"}
+    assert {name for name in froms if name not in own} == {"${BASE_IMAGE}", "${IMAGE}-base"}
+    assert {f"{image}-base" for image in EXTRAS} <= own
 
 
-@pytest.mark.parametrize("image", EXTRAS)
-def test_an_image_tells_what_it_was_built_from(stages: dict[str, str], image: str) -> None:
-    stage = stages[image]
+def test_every_stage_has_a_step_since_buildah_loses_those_without() -> None:
+    assert all(dockerfile.instructions(stage) for stage in dockerfile.stages())
 
-    for fact in ("GIT_COMMIT", "GIT_DIRTY", "LOCK_SHA256"):
+
+def test_an_image_tells_what_it_was_built_from(stages: dict[str, str]) -> None:
+    stage = stages["image"]
+
+    for fact in ("GIT_COMMIT", "GIT_DIRTY", "GIT_DIFF_SHA256", "LOCK_SHA256"):
         assert f"ARG {fact}" in stage
     assert "ENV FAIRWAY_GIT_COMMIT=$GIT_COMMIT" in stage
+    assert "ENV FAIRWAY_GIT_DIFF=/opt/fairway/git.diff" in stages["base"]
+    assert "COPY --from=diff /git.diff /opt/fairway/git.diff" in stage
     assert 'org.opencontainers.image.revision="$GIT_COMMIT"' in stage
+    assert 'fairway.git.diff.sha256="$GIT_DIFF_SHA256"' in stage
     assert 'fairway.lock.sha256="$LOCK_SHA256"' in stage
     assert stage.rstrip().endswith("USER 10001:10001")
-    packages = stages[f"{image}-packages"]
-    assert f"COPY docker/requirements-{image}.lock /opt/fairway/requirements.lock" in packages
-    assert f"COPY --from={image}-packages /opt/venv /opt/venv" in stage
+    lock = "COPY docker/requirements-${IMAGE}.lock /opt/fairway/requirements.lock"
+    assert lock in stages["packages"]
+    assert "COPY --from=packages /opt/venv /opt/venv" in stage
 
 
+@pytest.mark.parametrize("diff", ["", "diff --git a/x b/x\n"])
 @pytest.mark.parametrize(
     ("fact", "told"),
     [
@@ -170,26 +178,40 @@ def test_an_image_tells_what_it_was_built_from(stages: dict[str, str], image: st
         ("GIT_COMMIT", "main"),
         ("GIT_DIRTY", ""),
         ("GIT_DIRTY", "trueish"),
+        ("GIT_DIRTY", None),
+        ("GIT_DIFF_SHA256", "0" * 64),
     ],
 )
 @pytest.mark.parametrize("image", EXTRAS)
 def test_a_build_that_is_told_wrong_facts_fails(
-    stages: dict[str, str], image: str, fact: str, told: str
+    tmp_path: Path, image: str, fact: str, told: str | None, diff: str
 ) -> None:
-    (check,) = re.findall(r"^RUN (test (?:.*\\\n)+.*)$", stages[image], re.MULTILINE)
+    (check,) = dockerfile.commands("image")
     lock = DOCKER / f"requirements-{image}.lock"
+    (tmp_path / "git.diff").write_text(diff)
     facts = {
         "FAIRWAY_LOCK_FILE": str(lock),
+        "FAIRWAY_GIT_DIFF": str(tmp_path / "git.diff"),
         "LOCK_SHA256": hashlib.sha256(lock.read_bytes()).hexdigest(),
         "GIT_COMMIT": "0123456789abcdef" * 2 + "01234567",
-        "GIT_DIRTY": "false",
+        "GIT_DIRTY": "true" if diff else "false",
+        "GIT_DIFF_SHA256": hashlib.sha256(diff.encode()).hexdigest(),
     }
+    other = "false" if diff else "true"
 
     right = subprocess.run(["sh", "-c", check], env={**os.environ, **facts})
-    wrong = subprocess.run(["sh", "-c", check], env={**os.environ, **facts, fact: told})
+    facts[fact] = other if told is None else told
+    wrong = subprocess.run(["sh", "-c", check], env={**os.environ, **facts})
 
     assert right.returncode == 0
     assert wrong.returncode != 0
+
+
+def test_a_build_that_is_told_of_no_diff_has_none(stages: dict[str, str]) -> None:
+    (default,) = re.findall(r"^ARG GIT_DIFF_SHA256=(.+)$", stages["image"], re.MULTILINE)
+
+    assert default == hashlib.sha256(b"").hexdigest()
+    assert dockerfile.commands("diff") == [": >/git.diff"]
 
 
 def test_nothing_is_installed_but_by_hash(stages: dict[str, str]) -> None:
@@ -198,7 +220,7 @@ def test_nothing_is_installed_but_by_hash(stages: dict[str, str]) -> None:
         run for line in lines for run in re.findall(r"/pip (?:--python \S+ )?install [^&]*", line)
     ]
 
-    assert len(runs) == 7
+    assert len(runs) == 3
     assert all("--require-hashes" in run or "--no-index --no-deps /dist" in run for run in runs)
 
 
@@ -208,10 +230,19 @@ def test_the_builder_sees_what_is_copied_and_nothing_else(stages: dict[str, str]
     copies = [line for stage in stages.values() for line in re.findall(r"^COPY (.+)$", stage, re.M)]
 
     copied = {name for line in copies if "--from" not in line for name in line.split()[:-1]}
-    copied = {re.sub(r"requirements-[\w-]+\.lock", "requirements-*.lock", name) for name in copied}
+    copied = {re.sub(r"requirements-.+\.lock", "requirements-*.lock", name) for name in copied}
 
     assert lines[1] == "*"
     assert copied == let_in
+
+
+def test_the_guide_says_of_flash_attention_what_the_code_does_with_it() -> None:
+    guide = (ROOT / "docs" / "docker.md").read_text(encoding="utf-8")
+    code = [path for name in ("trainer", "service") for path in (ROOT / name).rglob("*.py")]
+
+    callers = [path for path in code if "flash_attn" in path.read_text(encoding="utf-8")]
+
+    assert ("no code of Fairway calls it" in guide) == (not callers)
 
 
 # ---- the stack --------------------------------------------------------------------------------
@@ -310,49 +341,6 @@ def test_only_the_gpu_profile_asks_for_gpus(services: dict[str, dict[str, Any]])
     assert services["ray-worker-gpu"]["deploy"]["replicas"] == "${FAIRWAY_WORKERS:-1}"
 
 
-# ---- the scripts ------------------------------------------------------------------------------
-
-
-def test_secrets_are_random_shut_away_and_never_replaced(tmp_path: Path) -> None:
-    stack = _copied(tmp_path)
-
-    assert _python(stack, "secrets").returncode == 0
-    folder = stack.parent / "secrets"
-    first = {path.name: path.read_text() for path in folder.iterdir()}
-    (folder / "ray_token").unlink()
-    assert _python(stack, "secrets").returncode == 0
-
-    second = {path.name: path.read_text() for path in folder.iterdir()}
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert all(re.fullmatch(r"[0-9a-f]{64}\n", text) for text in second.values())
-    assert len({*first.values(), *second.values()}) == 5
-    changed = {name for name in first if first[name] != second[name]}
-    assert changed == {"ray_token"}
-    assert set(second) | {"admin_token"} >= set(_secrets_of_compose())
-
-
-def test_a_stack_without_images_is_refused_in_a_line(tmp_path: Path) -> None:
-    done = _python(_copied(tmp_path), "up")
-
-    assert done.returncode == 1
-    assert "names no images; build them first" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
-def test_the_entrypoint_takes_the_password_out_of_its_file(tmp_path: Path) -> None:
-    (tmp_path / "password").write_text("geheim\n")
-    show = ("sh", "-c", 'echo "$PGPASSWORD"; exit 7')
-
-    done = _entrypoint(*show, PGPASSWORD_FILE=str(tmp_path / "password"))
-    without = _entrypoint(*show)
-    missing = _entrypoint(*show, PGPASSWORD_FILE=str(tmp_path / "none"))
-
-    assert (done.returncode, done.stdout) == (7, "geheim\n")
-    assert (without.returncode, without.stdout) == (7, "\n")
-    assert (missing.returncode, missing.stdout) == (2, "")
-    assert "not readable by user" in missing.stderr
-
-
 def _ask(program: str, *words: str, package: str) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     found = shutil.which(program, path=path)
@@ -396,26 +384,3 @@ def _requirements(package: str, extra: str) -> Iterator[Requirement]:
         each = Requirement(line)
         if each.marker is None or each.marker.evaluate({**LINUX, "extra": extra}):
             yield each
-
-
-def _secrets_of_compose() -> list[str]:
-    return list(yaml.safe_load((DOCKER / "compose.yaml").read_text(encoding="utf-8"))["secrets"])
-
-
-def _copied(folder: Path) -> Path:
-    """A copy of the stack's script, with nothing beside it."""
-    (folder / "docker").mkdir()
-    return Path(shutil.copy(DOCKER / "stack.py", folder / "docker"))
-
-
-def _python(script: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True)
-
-
-def _entrypoint(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(DOCKER / "entrypoint.sh"), *words],
-        env={"PATH": os.environ["PATH"], **variables},
-        capture_output=True,
-        text=True,
-    )

@@ -26,7 +26,6 @@ from tests.manifests import (
     KUBERNETES,
     OVERLAYS,
     WORKLOADS,
-    allowed,
     asked,
     check_restricted,
     check_volume,
@@ -47,6 +46,7 @@ DOCKER = KUBERNETES.parent
 BY_DIGEST = re.compile(r"[a-z0-9.-]+(?:/[a-z0-9._-]+)*@(sha256:[0-9a-f]{64})")
 CUSTOM = ("RayCluster", "RayJob", "ResourceFlavor", "ClusterQueue", "LocalQueue", "Queue")
 SWEEPS = tuple(build for build in BUILDS if build.endswith("/sweep"))
+GUIDE = (KUBERNETES.parents[1] / "docs" / "kubernetes.md").read_text(encoding="utf-8")
 EVENTUAL = "0" * 64  # the digest that images/kustomization.yaml has until there is one
 every_build = pytest.mark.parametrize("build", BUILDS)
 every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
@@ -166,32 +166,6 @@ def test_addresses_on_command_lines_are_those_of_services(overlay: str) -> None:
                 assert (address.port or 5432) in services[str(address.hostname)], address
 
     assert found == {head, "mlflow", "postgres"}
-
-
-@every_build
-def test_nobody_talks_to_anybody_but_who_has_to(build: str) -> None:
-    documents = with_its_stack(build)
-    closed = [
-        each["spec"]
-        for each in of_kind(documents, "NetworkPolicy")
-        if each["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
-    ]
-    ray = {(a, b, None) for a in ("ray-head", "ray-worker") for b in ("ray-head", "ray-worker")}
-
-    assert closed, "no policy closes every pod"
-    assert allowed(documents) == ray | {
-        ("service", "postgres", 5432),
-        ("service", "mlflow", 5000),
-        ("service", "ray-head", 8265),
-        ("mlflow", "postgres", 5432),
-    }
-    for each in pods(rendered(build)):
-        selected = [
-            policy
-            for policy in of_kind(documents, "NetworkPolicy")
-            if policy["spec"]["podSelector"] and matches(policy["spec"]["podSelector"], each.labels)
-        ]
-        assert selected, f"{each.owner}: closed, and nothing opens it"
 
 
 @every_build
@@ -348,7 +322,7 @@ def test_the_images_have_what_the_manifests_take_from_them() -> None:
 
     assert home
     assert postgres
-    assert {"service", "trainer", "trainer-cpu"} <= targets
+    assert {"service-base", "trainer-base", "trainer-cpu-base"} <= targets
     assert set(re.findall(r"^USER (\S+)$", dockerfile, re.MULTILINE)) == {"10001:10001"}
     for each in pods(rendered("gpu")):
         if each.part == "postgres":
@@ -383,9 +357,39 @@ def test_the_service_waits_for_its_first_token_and_no_longer(tmp_path: Path) -> 
     assert (waiting.returncode, out) == (0, "")
 
 
+def test_what_the_guide_runs_in_a_container_has_the_addresses_that_it_needs() -> None:
+    from service.cli import app
+
+    run = r"exec deploy/fairway(?: -c (\S+))? -- +/opt/fairway/entrypoint.sh fairway (.+)"
+    found = re.findall(run, GUIDE.replace("\\\n", " "))
+    service = next(each for each in pods(rendered("gpu")) if each.part == "service")
+    containers = {each["name"]: each for each in service.all_containers}
+
+    assert {line.split()[0] for _, line in found} == {"token", "sync"}
+    assert len(found) == GUIDE.count("entrypoint.sh fairway")
+    for name, line in found:
+        container = containers[name or service.containers[0]["name"]]
+        given = {variable["name"] for variable in container["env"]}
+        command = typer.main.get_command(app)
+        for word in shlex.split(line):
+            command = getattr(command, "commands", {}).get(word, command)
+        stores = {option.envvar for option in command.params} & {
+            "FAIRWAY_DATABASE_URL",
+            "MLFLOW_TRACKING_URI",
+        }
+        assert stores
+        assert stores <= given, (line, container["name"])
+
+
+@pytest.mark.parametrize("build", SWEEPS)
+def test_a_job_that_fails_gets_no_second_cluster_to_fail_on(build: str) -> None:
+    (job,) = of_kind(rendered(build), "RayJob")
+
+    assert job["spec"]["backoffLimit"] == 0
+
+
 def test_every_command_of_the_guide_names_a_build_that_exists() -> None:
-    guide = (KUBERNETES.parents[1] / "docs" / "kubernetes.md").read_text(encoding="utf-8")
-    folders = re.findall(r"-k (docker/kubernetes/\S+)", guide)
+    folders = re.findall(r"-k (docker/kubernetes/\S+)", GUIDE)
 
     assert {folder.removeprefix("docker/kubernetes/overlays/") for folder in folders} >= {"gpu"}
     for folder in folders:
