@@ -1,7 +1,8 @@
 """`fairway replay`: run a recorded final again.
 
 Thin: arguments in, `service.replay` checks, runs and compares; its document on stdout. Exit 0 where
-the same came out, 3 where not, 2 where it was refused before anything was spent.
+the same came out, 3 where not, 2 where it was refused before anything was spent, 5 where MLflow is
+out of reach: the result is printed all the same.
 """
 
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ from service.cli_options import HOME, Home, Output, print_document
 from service.paths import Paths
 from service.talk import Talk
 from trainer.codec import parse_assignment
-from trainer.errors import InfeasibleError, UsageError
+from trainer.errors import BackendError, InfeasibleError, UsageError
 
 app = typer.Typer()
 
@@ -54,21 +55,35 @@ def replay(
     """Run a recorded final again and say whether the same comes out."""
     from service import replay
     from service.references import find_sheet
-    from service.replay_run import write_run
+    from service.replay_run import MLFLOW, open_experiment, sheet_of_run, write_run
 
-    paths, talk = Paths(home), Talk()
-    values = [parse_assignment(text) for text in overrides or []]
-    if keep is not None and keep.exists() and not (keep.is_dir() and not any(keep.iterdir())):
-        raise UsageError(f"--keep {keep}: holds something already; name a new folder")
-    sheet = find_sheet(paths, run, tracking_uri)
+    paths, talk, values = Paths(home), Talk(), [parse_assignment(text) for text in overrides or []]
+    _require_new(keep)
+    is_run = run.startswith(MLFLOW)
+    sheet = sheet_of_run(paths, run, tracking_uri) if is_run else find_sheet(paths, run)
     prepared = replay.prepare(paths, sheet, data, values, allow or ())
     for note in prepared.notes:
         talk.say("note", fact=note.name, recorded=note.recorded, here=note.here)
+    if tracking_uri is not None:
+        open_experiment(paths, tracking_uri, sheet)  # or it is not there after hours of training
     with ExitStack() as stack:
         store = keep or Path(stack.enter_context(TemporaryDirectory(prefix="fairway-replay-")))
         document = replay.compare(prepared, replay.run(prepared, store, talk))
-    if tracking_uri is not None:
-        document["mlflow_run_id"] = write_run(paths, tracking_uri, sheet, document)
-    print_document(document, output)
+    lost: BackendError | None = None
+    try:
+        if tracking_uri is not None:
+            document["mlflow_run_id"] = write_run(paths, tracking_uri, sheet, document)
+    except BackendError as error:
+        lost = error
+        talk.say("not_in_mlflow", replay=sheet.final, reason=str(error))
+    finally:
+        print_document(document, output)
     if not document["same"]:
         raise InfeasibleError(f"{sheet.final}: {document['verdict']}")
+    if lost is not None:
+        raise lost
+
+
+def _require_new(keep: Path | None) -> None:
+    if keep is not None and keep.exists() and not (keep.is_dir() and not any(keep.iterdir())):
+        raise UsageError(f"--keep {keep}: holds something already; name a new folder")

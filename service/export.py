@@ -4,11 +4,11 @@ All seeds of a configuration go in, or none: one that has no feasible and legal 
 that names it, unless one seed alone is asked for, and then the record says which are left out.
 """
 
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from service import report
@@ -24,8 +24,8 @@ from service.confirmed import (
     search_groups,
 )
 from service.labels import short_value
-from service.ledger import SweepView, replay
-from service.paths import Paths, find_sweep
+from service.ledger import SweepView
+from service.paths import Paths
 from service.record import (
     CODE,
     REQUIREMENTS,
@@ -33,6 +33,7 @@ from service.record import (
     Entry,
     Record,
     claims_of,
+    fault_in,
     log_name,
     requirements_of,
     sheet_name,
@@ -40,13 +41,18 @@ from service.record import (
 )
 from service.record_folder import README, SUBMISSION
 from service.record_log import log_text
-from service.record_readme import readme_of
+from service.record_readme import readme_of, texts_of
+from service.record_text import NOT_RECORDED, people_mismatches
+from service.references import find_named
 from service.sheet import Sheet, sheet_of, write_sheet
 from service.singlefile.write import write_single_file
 from trainer.errors import DataError, InfeasibleError, UsageError
+from trainer.finalize.code import code_digest
+from trainer.protocol import SPEC_VERSION
 from trainer.runtime.files import sha256_file, write_bytes, write_json, write_text
 
 WEIGHTS_FILE = "weights.fw"  # as a final's artifact calls it
+_OPTIONS = {"github_id": "github"}
 Which = Literal["all", "one"]
 
 
@@ -90,28 +96,41 @@ def export(paths: Paths, ref: str, folder: Path, given: Given, which: Which = "a
         _require_all(of)
     sheets = [sheet_of(paths, of.group.finals[seed]["final"]) for seed in seeds]
     _require_one_code(sheets)
-    making = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(making, ignore_errors=True)
-    try:
-        record = _write(paths, of, sheets, making, given)
-        if folder.exists():
-            folder.rmdir()
-        making.rename(folder)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
+    _require_this_code(sheets)
+    by = _by(of, given, sheets[0])
+    if (fault := fault_in(by)) is not None:
+        raise UsageError(f"--{_OPTIONS.get(fault[0], fault[0])}: {fault[1]}")
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".fairway-export-", dir=folder.parent) as place:
+        making = Path(place) / "record"
+        record = _write(paths, of, sheets, making, by)
+        _appear(making, folder)
     return record
+
+
+def _appear(making: Path, folder: Path) -> None:
+    """Put what was made where it was asked for. An empty folder stays itself, for somebody may
+    stand in it; submission.json, without which it is no record, comes last."""
+    if not folder.exists():
+        making.rename(folder)
+        return
+    for path in sorted(making.iterdir(), key=lambda path: path.name == SUBMISSION):
+        path.rename(folder / path.name)
 
 
 def find_configuration(paths: Paths, ref: str) -> Configuration:
     """The configuration that a sweep's name or id, or a final's id or its start, is about."""
-    view = _sweep(paths, ref)
-    if view is not None:
+    named = find_named(paths, ref)
+    view = named.view
+    if view is None:
+        raise UsageError(f"{named.final}: no sweep of {paths.home} tells of it; run its sweep")
+    if named.final is None:
         group = _best(view)
         return Configuration(view, group, group.typical())
-    final, view = _final(paths, ref)
-    event = view.finals[final]
+    event = view.finals[named.final]
     if not counts(view, event):
-        raise InfeasibleError(f"{final}: it is {event['state']}: {event['reason']}")
+        raise InfeasibleError(f"{named.final}: it is {event['state']}: {event['reason']}")
     return Configuration(view, _group(view, event), event)
 
 
@@ -130,31 +149,6 @@ def _best(view: SweepView) -> Group:
         and all(counts(view, event) for event in group.finals.values())
     ]
     return min(whole, key=lambda group: (group.mean, group.key))
-
-
-def _final(paths: Paths, ref: str) -> tuple[str, SweepView]:
-    """A final by its id or a unique start of it, and the newest sweep that has scored it."""
-    mark, found = f'"final":"{ref}'.encode(), dict[str, SweepView]()
-    ledgers = paths.sweeps.glob("*/events.jsonl")
-    for ledger in sorted(ledgers, key=lambda path: path.stat().st_mtime):
-        if mark in ledger.read_bytes():
-            view = replay(ledger)
-            found |= {name: view for name in view.finals if name.startswith(ref)}
-    if not ref or not found:
-        raise UsageError(
-            f"{ref!r}: no sweep of {paths.home}, and none of its finals; `fairway best` prints one"
-        )
-    if len(found) > 1:
-        raise UsageError(f"{ref!r} fits {len(found)} finals; give more of its id")
-    return next(iter(found.items()))
-
-
-def _sweep(paths: Paths, ref: str) -> SweepView | None:
-    """The sweep that a reference names; None where it names none."""
-    known = [path.parent.name for path in paths.sweeps.glob("*/events.jsonl")]
-    if not ref or not any(name.startswith(ref) or name.rpartition("-")[0] == ref for name in known):
-        return None
-    return replay(find_sweep(paths, ref).ledger)
 
 
 def _group(view: SweepView, event: dict[str, Any]) -> Group:
@@ -196,22 +190,46 @@ def _require_one_code(sheets: list[Sheet]) -> None:
             )
 
 
-def _write(
-    paths: Paths, of: Configuration, sheets: list[Sheet], folder: Path, given: Given
-) -> Record:
+def _require_this_code(sheets: list[Sheet]) -> None:
+    """Raise UsageError where other code scored than runs here: train_gpt.py is cut out of this."""
+    here = code_digest()
+    for sheet in sheets:
+        if sheet.code_digest == here and sheet.spec_version == SPEC_VERSION:
+            continue
+        told = "code that was not recorded"
+        if sheet.code_digest is not None:
+            told = f"code {sheet.code_digest[:12]}, spec version {sheet.spec_version}"
+        commit = sheet.driver.git_commit or "the commit that scored it"
+        raise UsageError(
+            f"{sheet.final}: scored by {told}, this is code {here[:12]}, spec version "
+            f"{SPEC_VERSION}; check out {commit} and export there"
+        )
+
+
+def _require_known_numbers(record: Record) -> None:
+    """Raise UsageError for a number in people's words that the record does not have."""
+    words = {name: word for name, word in asdict(record.by).items() if name != "date"}
+    for each in people_mismatches(words, texts_of(record.wordless())):
+        option = _OPTIONS.get(each.field, each.field)
+        raise UsageError(
+            f"--{option}: {each.claimed} is {NOT_RECORDED}; leave the number out, verify refuses it"
+        )
+
+
+def _write(paths: Paths, of: Configuration, sheets: list[Sheet], folder: Path, by: By) -> Record:
     """Write every file of the record into `folder`."""
     folder.mkdir(parents=True)
     entries = [Entry(sheet, _place(paths, sheet, folder)) for sheet in sheets]
     first = sheets[0]
-    made = write_single_file(first.train_task, first.final_task, folder)
+    made = write_single_file(first.train_task, first.final_task, folder, first.world_size)
     left_out = {
         seed: bpb_of(event) if is_scored(event) else None
         for seed, event in sorted(of.group.finals.items())
         if seed not in [sheet.seed for sheet in sheets]
     }
     missing: dict[int, float | None] = dict.fromkeys(_missing(of))
-    by = _by(of, given, first)
     record = Record(tuple(entries), by, made.num_bytes, {**left_out, **missing})
+    _require_known_numbers(record)
     assert made.path == folder / CODE
     write_text(folder / REQUIREMENTS, requirements_of(record))
     for entry in entries:

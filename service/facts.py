@@ -26,7 +26,7 @@ from trainer.finalize.code import code_digest
 from trainer.protocol import SPEC_VERSION
 from trainer.runtime.environment import build_facts, numerics_variables
 from trainer.runtime.files import read_json, sha256_file, write_json
-from trainer.specs.base import spec
+from trainer.specs.base import require, spec
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("service", "trainer", "tune_spaces")
@@ -83,12 +83,18 @@ class WorkerFacts:
     code_digest: str | None = None
     """Of the code that is counted."""
     spec_version: int | None = None
+    resumed: "tuple[WorkerFacts, ...]" = ()
+    """Of those that went on with what the first had begun, where they differ from it."""
+
+    def __post_init__(self) -> None:
+        require(not any(each.resumed for each in self.resumed), "resumed: holds no further resumed")
 
 
 @spec
 class DriverFacts:
     """What a sweep was started from. git_diff: of the tree against its commit, None where that is
-    clean. lock_file: which file pinned the packages."""
+    clean, and where git_dirty is true or None though nothing could tell it. lock_file: which file
+    pinned the packages."""
 
     fairway: str | None = None
     git_commit: str | None = None
@@ -124,9 +130,11 @@ def driver_facts(diff: bytes | None = None, root: Path = ROOT) -> DriverFacts:
     """Read what this process was started from: the checkout at `root` with `diff`, its
     `dirty_diff`, or the image that it was built into."""
     built = build_facts()
-    has_git = (root / ".git").exists()
-    commit = (_git(root, "rev-parse", "HEAD") or None) if has_git else built.git_commit
-    dirty = bool(_git(root, "status", "--porcelain")) if has_git and commit else built.git_dirty
+    commit, dirty = built.git_commit, built.git_dirty
+    if (root / ".git").exists():
+        head, status = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain")
+        commit = None if head is None else head.decode().strip()
+        dirty = None if status is None else bool(status)
     lock = Path(built.lock_file) if built.lock_file else root / LOCK_FILE
     return DriverFacts(
         fairway=_version("fairway"),
@@ -150,30 +158,46 @@ def driver_facts(diff: bytes | None = None, root: Path = ROOT) -> DriverFacts:
 
 
 def dirty_diff(root: Path = ROOT) -> bytes | None:
-    """What the checkout at `root` has over its commit, as `git apply` takes it: tracked files, and
-    those of our packages that git does not know yet. None without a checkout, or where it is clean.
+    """What the checkout at `root`, or the image, has over its commit, as `git apply` takes it:
+    tracked files, and those of our packages that git does not know yet. None where it is clean, and
+    where the whole of it is not to be had: half a difference would be another code.
     """
     if not (root / ".git").exists():
-        return None
+        return _built_diff()
     plain = ("--binary", "--no-color", "--no-ext-diff", "--no-textconv")
-    text = _git_bytes(root, "diff", *plain, "HEAD", "--")
-    listed = _git_bytes(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *OURS)
-    for name in listed.decode(errors="surrogateescape").split("\0")[:_MAX_UNTRACKED]:
-        if name:
-            text += _git_bytes(root, "diff", *plain, "--no-index", "--", "/dev/null", name)
-    return text or None
+    unknown = ("ls-files", "-z", "--others", "--exclude-standard", "--", *OURS)
+    changed, listed = _git(root, "diff", *plain, "HEAD", "--"), _git(root, *unknown)
+    names = (listed or b"").split(b"\0")[:-1]
+    if changed is None or listed is None or len(names) > _MAX_UNTRACKED:
+        return None
+    parts = [changed]
+    for name in map(os.fsdecode, names):
+        added = _git(root, "diff", *plain, "--no-index", "--", "/dev/null", name, differing=1)
+        if added is None:
+            return None
+        parts.append(added)
+    return b"".join(parts) or None
 
 
-def _git(root: Path, *words: str) -> str:
-    return _git_bytes(root, *words).decode(errors="replace").strip()
+def _built_diff() -> bytes | None:
+    """What the image was built from besides its commit, as the file in it has it."""
+    built = build_facts()
+    if built.git_commit is None or built.git_diff is None:
+        return None
+    try:
+        return Path(built.git_diff).read_bytes() or None
+    except OSError:
+        return None
 
 
-def _git_bytes(root: Path, *words: str) -> bytes:
+def _git(root: Path, *words: str, differing: int = 0) -> bytes | None:
+    """What git prints; None where there is none, or where it fails: it ends with 0, and with
+    `differing` where two files without an index are not equal."""
     try:
         done = subprocess.run(["git", "-C", str(root), *words], capture_output=True)
-    except OSError:  # no git here: the commit is not known
-        return b""
-    return done.stdout
+    except OSError:
+        return None
+    return done.stdout if done.returncode in (0, differing) else None
 
 
 def of_gang(facts: Sequence[WorkerFacts]) -> WorkerFacts:
@@ -181,8 +205,14 @@ def of_gang(facts: Sequence[WorkerFacts]) -> WorkerFacts:
     return replace(facts[0], gpus=tuple(gpu for each in facts for gpu in each.gpus))
 
 
-def write_facts(folder: Path, facts: WorkerFacts) -> None:
-    """Leave a stage's facts in its folder."""
+def write_facts(folder: Path, facts: WorkerFacts, *, goes_on: bool = False) -> None:
+    """Leave a stage's facts in its folder. Who goes on with what another has begun is added to
+    those facts where it differs from all of them."""
+    begun = read_facts(folder) if goes_on else None
+    if begun is not None:
+        known = (replace(begun, resumed=()), *begun.resumed)
+        more = () if facts in known else (facts,)
+        facts = replace(begun, resumed=(*begun.resumed, *more))
     write_json(folder / FACTS_FILE, asdict(facts))
 
 

@@ -13,13 +13,15 @@ made by nobody. What was not recorded is left out, never computed anew.
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date
 from typing import Any
 
 from service.facts import WorkerFacts
 from service.record_folder import README, SUBMISSION
 from service.sheet import Sheet
 from service.sheet_data import DataSplit
+from service.singlefile.packages import packages_of
 from trainer.errors import DataError
 
 CODE = "train_gpt.py"
@@ -27,8 +29,6 @@ SOURCE = "source/train_gpt.py"
 REQUIREMENTS = "requirements.txt"
 TRACK, OTHER_TRACK = "10min_16mb", "non_record_16mb"
 DIGITS = 8  # of a score, as the field prints it
-# What a compressor needs besides the standard library: distribution and recorded fact.
-_COMPRESSORS = {"zstd": "zstandard", "brotli": "brotli", "range": "constriction"}
 
 
 def log_name(seed: int) -> str:
@@ -55,6 +55,28 @@ class By:
     name: str
     blurb: str
     date: str
+
+
+_MAX_WORDS = {"author": 200, "github_id": 100, "name": 200, "blurb": 1_000, "date": 10}
+
+
+def fault_in(by: By) -> tuple[str, str] | None:
+    """The field of people's words that cannot stand in a record's texts, and why; None without."""
+    for field_name, limit in _MAX_WORDS.items():
+        words: str | None = getattr(by, field_name)
+        if words is None:
+            continue
+        if not words.strip() and field_name != "blurb":
+            return field_name, "is empty; say something"
+        if len(words) > limit:
+            return field_name, f"{len(words):,} characters; at most {limit:,} are taken"
+        if not words.isprintable():
+            return field_name, "one line of printable characters is needed"
+    try:
+        is_date = date.fromisoformat(by.date).isoformat() == by.date
+    except ValueError:
+        is_date = False
+    return None if is_date else ("date", f"{by.date!r} is no date; write it as YYYY-MM-DD")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +112,10 @@ class Record:
     @property
     def first(self) -> Sheet:
         return self.entries[0].sheet
+
+    def wordless(self) -> "Record":
+        """The same without what no sheet tells: every number of it was recorded."""
+        return replace(self, by=By(None, None, "", "", ""), left_out={})
 
     def artifact_bytes(self, entry: Entry) -> int:
         """Code and weights, as they lie in the folder."""
@@ -259,12 +285,9 @@ def _facts(sheet: Sheet) -> dict[str, str]:
 
 
 def requirements_of(record: Record) -> str:
-    """The packages that train_gpt.py imports, at the versions that were recorded."""
+    """The packages that train_gpt.py needs, at the versions that were recorded."""
     lines = ["# What the runs were computed with; another build may sum in another order."]
-    packages = ["torch", "numpy", "sentencepiece"]
-    kind = record.first.final_task.final.compress.kind
-    packages += [_COMPRESSORS[kind]] if kind in _COMPRESSORS else []
-    for package in packages:
+    for package in packages_of(record.first.final_task.final):
         version = _version(record.first.final_worker, package)
         public = version and version.partition("+")[0]
         build = "" if public == version else f"  # {version}"

@@ -21,6 +21,7 @@ MAX_FILES = 1_000
 MAX_DEPTH = 6
 MAX_TEXT_BYTES = 1 << 20
 MAX_LOG_BYTES = 1 << 25
+_MAX_DIGITS = 20  # of a whole number: a seed has 19
 _MAX_EXPONENT = 300
 """Of a number in JSON: beyond it a float is infinite or zero."""
 
@@ -118,9 +119,18 @@ def read_object(text: str, where: str) -> dict[str, Any]:
             raise ValueError(f"{word[:20]}… is no number to work with")
         return value
 
+    def whole(word: str) -> int:
+        if len(word) > _MAX_DIGITS:
+            raise ValueError(f"{word[:20]}… is no number to work with")
+        return int(word)
+
     try:
         data = json.loads(
-            text, object_pairs_hook=pairs, parse_constant=constant, parse_float=number
+            text,
+            object_pairs_hook=pairs,
+            parse_constant=constant,
+            parse_float=number,
+            parse_int=whole,
         )
         json.dumps(data, default=str, ensure_ascii=False).encode()
     except (ValueError, RecursionError, ArithmeticError) as error:

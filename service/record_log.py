@@ -89,4 +89,6 @@ def without_curve(lines: list[str], steps: int) -> tuple[list[str], str | None]:
         if not last <= step <= steps and fault is None:
             fault = f"step {step} after step {max(last, 0)} of {steps}"
         last = step
+    if fault is None and last != steps:
+        fault = f"no step {steps}, the last is {last}" if last >= 0 else "no step"
     return rest, fault

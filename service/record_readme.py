@@ -1,5 +1,6 @@
 """The README of a record folder: every number of it from the sheets and the files' sizes."""
 
+import json
 from collections.abc import Sequence
 
 from service.record import (
@@ -9,6 +10,7 @@ from service.record import (
     SOURCE,
     Entry,
     Record,
+    claims_of,
     facts_by_name,
     hardware,
     log_name,
@@ -31,6 +33,11 @@ def readme_of(record: Record) -> str:
         _files(record),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def texts_of(record: Record) -> list[str]:
+    """Every text that the sheets and the files' sizes make: where a number may be repeated from."""
+    return [readme_of(record), json.dumps(claims_of(record, {}))]
 
 
 def _head(record: Record) -> str:
@@ -105,10 +112,13 @@ def _reproduction(record: Record) -> str:
     first = record.first
     run = f"torchrun --standalone --nproc_per_node={first.world_size}"
     run = f"{run} {CODE}" if first.world_size > 1 else f"python {CODE}"
+    # On a CPU the number of threads is in the order of every sum.
+    threads = f"OMP_NUM_THREADS={first.threads} " if first.device == "cpu" else ""
+    score = f"{threads}python {CODE}"
     commands = [
         f"pip install -r {REQUIREMENTS}",
-        *(f"{run} --data DATA --out out{e.seed} --seed {e.seed}" for e in record.entries),
-        *(f"python {CODE} --score {weights_name(e.seed)} --data DATA" for e in record.entries),
+        *(f"{threads}{run} --data DATA --out out{e.seed} --seed {e.seed}" for e in record.entries),
+        *(f"{score} --score {weights_name(e.seed)} --data DATA" for e in record.entries),
     ]
     lines = [
         f"DATA is the prepared dataset {first.data.name}, digest `{first.data.digest}`, tokenizer "

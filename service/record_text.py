@@ -20,12 +20,18 @@ from service.run_logs import agree
 from trainer.errors import DataError
 
 MAX_LINES = 5_000
+MAX_LINE = 2_000  # characters of a line, where none that is expected is longer
 _NEAR = 40  # lines that are looked at for the one that an edited line was
+_NEAR_CHARS = 300  # of either line that are looked at for that
+_NEAR_TRIES = 200  # expected lines for which it is tried
 _SHOWN = 80  # characters of a claim in a message
 # What a reader would take for a measurement: five digits, or four with a point among them.
-_NUMBER = re.compile(r"(?<![\w.,#-])(?:\d+\.\d+|\d[\d,]{4,}(?:\.\d+)?)(?![\w])")
+_FORM = r"(?<![\w.,#])(?:\d+\.\d+|\d[\d,]{4,}(?:\.\d+)?)(?:[eE][+-]?\d{1,3}(?!\w))?"
+_NUMBER = re.compile(_FORM)  # of a claim, whatever it touches: 1.0123bpb
+_KNOWN = re.compile(_FORM + r"(?!\w)")  # of what was recorded: no start of a hash
 _MIN_DIGITS = 4
 _EDGES = "*`|:,;() "
+NOT_RECORDED = "nothing that was recorded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +65,7 @@ def claim_mismatches(expected: Any, actual: Any, path: str = "") -> Iterator[Mis
             if key not in actual:
                 yield Mismatch(SUBMISSION, below, "nothing", shown(expected[key]))
             elif key not in expected:
-                nothing = "nothing that was recorded"
-                yield Mismatch(SUBMISSION, shown(below), shown(actual[key]), nothing)
+                yield Mismatch(SUBMISSION, shown(below), shown(actual[key]), NOT_RECORDED)
             else:
                 yield from claim_mismatches(expected[key], actual[key], below)
     elif not _same(expected, actual):
@@ -76,15 +81,56 @@ def _same(expected: Any, actual: Any) -> bool:
 
 
 def readme_mismatches(expected: str, actual: str, known: Sequence[str]) -> Iterator[Mismatch]:
-    """Where README.md differs from what it should say. `known`: the record's other texts, whose
-    numbers a line that somebody added may repeat."""
+    """Where README.md differs from what it should say. `known`: the record's texts without the
+    words of its people, whose numbers a line that somebody added may repeat."""
     extra: list[tuple[int, str]] = []
-    yield from _line_mismatches(README, expected.splitlines(), actual.splitlines(), extra)
-    numbers = {number for text in (expected, *known) for number in _numbers(text)}
+    lines = actual.splitlines()
+    yield from _line_mismatches(README, expected.splitlines(), lines, extra)
+    numbers = known_numbers(known)
+    own = {place for place, _ in extra}
     for place, line in extra:
-        for number in _numbers(line):
-            if not any(agree(number, other) for other in numbers):
-                yield Mismatch(README, f"line {place}", str(number), "nothing that was recorded")
+        if _is_row(line) and _is_of_results(lines, place, own):
+            yield Mismatch(README, f"line {place}", shown(line), "no such row was recorded")
+        for number in unknown_numbers(line, numbers):
+            yield Mismatch(README, f"line {place}", shown(number), NOT_RECORDED)
+
+
+def people_mismatches(words: Mapping[str, str | None], known: Sequence[str]) -> Iterator[Mismatch]:
+    """Numbers in the words of a record's people, by field, that nothing in `known` has."""
+    numbers = known_numbers(known)
+    for field, text in words.items():
+        for number in unknown_numbers(text or "", numbers):
+            yield Mismatch(SUBMISSION, field, shown(number), NOT_RECORDED)
+
+
+def known_numbers(texts: Sequence[str]) -> set[Decimal]:
+    """Every number of texts that were recorded."""
+    return {number for text in texts for number in _numbers(text, _KNOWN)}
+
+
+def unknown_numbers(text: str, known: set[Decimal]) -> Iterator[Decimal]:
+    """The measurements that a text claims and that are none of `known`, rounded either."""
+    for number in _numbers(text, _NUMBER):
+        if not any(agree(number, other) for other in known):
+            yield number
+
+
+def _is_row(line: str) -> bool:
+    return line.lstrip().startswith("|")
+
+
+def _is_of_results(lines: Sequence[str], place: int, own: set[int]) -> bool:
+    """Whether the table around a line that was added, counted from 1, is the record's or one of
+    seeds."""
+    first = last = place
+    while first > 1 and _is_row(lines[first - 2]):
+        first -= 1
+    while last < len(lines) and _is_row(lines[last]):
+        last += 1
+    has_seeds = any(
+        cell.strip("*` ").lower() == "seed" for cell in _cells(lines[first - 1].strip())
+    )
+    return has_seeds or not own.issuperset(range(first, last + 1))
 
 
 def text_mismatches(file: str, expected: str, actual: str) -> Iterator[Mismatch]:
@@ -92,7 +138,7 @@ def text_mismatches(file: str, expected: str, actual: str) -> Iterator[Mismatch]
     extra: list[tuple[int, str]] = []
     yield from _line_mismatches(file, expected.splitlines(), actual.splitlines(), extra)
     for place, line in extra:
-        yield Mismatch(file, f"line {place}", shown(line), "nothing that was recorded")
+        yield Mismatch(file, f"line {place}", shown(line), NOT_RECORDED)
 
 
 def log_mismatches(
@@ -111,6 +157,13 @@ def _line_mismatches(
     """Compare line by line; what is there beyond the expected goes to `extra` with its number."""
     if len(actual) > MAX_LINES:
         raise DataError(f"{file}: {len(actual):,} lines; at most {MAX_LINES:,} are read")
+    longest = max([MAX_LINE, *map(len, expected)])
+    for number, line in enumerate(actual, start=1):
+        if len(line) > longest:
+            raise DataError(
+                f"{file}: line {number}: {len(line):,} characters; at most {longest:,} are read"
+            )
+    tries = 0
     matcher = SequenceMatcher(None, expected, actual, autojunk=False)
     for kind, first, last, start, stop in matcher.get_opcodes():
         if kind == "equal":
@@ -119,15 +172,20 @@ def _line_mismatches(
         for number in range(first, last):
             if not expected[number].strip():
                 continue  # an empty line says nothing
-            candidates = [*islice(given.values(), _NEAR)]
-            near = get_close_matches(expected[number], candidates, n=1, cutoff=0.5)
-            if not near:
+            tries += 1
+            place = _nearest(expected[number], given) if tries <= _NEAR_TRIES else None
+            if place is None:
                 yield Mismatch(file, f"line {start + 1}", "nothing", shown(expected[number]))
                 continue
-            place = next(each for each, line in given.items() if line == near[0])
-            del given[place]
-            yield from _in_line(file, expected, number, near[0], place + 1)
+            yield from _in_line(file, expected, number, given.pop(place), place + 1)
         extra += [(number + 1, line) for number, line in given.items() if line.strip()]
+
+
+def _nearest(wanted: str, given: Mapping[int, str]) -> int | None:
+    """Where the line is that a wanted one was edited into; None if none is like it."""
+    starts = {place: line[:_NEAR_CHARS] for place, line in islice(given.items(), _NEAR)}
+    near = get_close_matches(wanted[:_NEAR_CHARS], [*starts.values()], n=1, cutoff=0.5)
+    return next((place for place, start in starts.items() if near and start == near[0]), None)
 
 
 def _in_line(
@@ -172,9 +230,9 @@ def _header(lines: Sequence[str], number: int) -> list[str]:
     return _cells(lines[number])
 
 
-def _numbers(text: str) -> Iterator[Decimal]:
+def _numbers(text: str, form: re.Pattern[str]) -> Iterator[Decimal]:
     """The numbers of a text that a reader would take for measurements."""
-    for found in _NUMBER.finditer(text):
-        word = found[0].replace(",", "")
-        if len(word.lstrip("0.").replace(".", "")) >= _MIN_DIGITS:
+    for found in form.finditer(text):
+        word = found[0].replace(",", "").lower()
+        if len(word.partition("e")[0].lstrip("0.").replace(".", "")) >= _MIN_DIGITS:
             yield Decimal(word)

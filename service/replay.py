@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.special import ndtri, stdtrit
 
 from service.attention import choice, question_of
 from service.facts import dirty_diff, driver_facts, write_facts
@@ -26,10 +27,12 @@ from service.replay_checks import (
     check_code,
     check_data,
     check_driver,
+    check_noise,
     check_sheet,
     check_workers,
     find_data,
     missing_facts,
+    paths_of,
     require_allowed,
     wanted_of,
 )
@@ -50,9 +53,25 @@ from trainer.runtime.distributed import Ranks
 from trainer.specs.task import TrainTask
 
 # Techniques 1.8: over seeds a score's standard deviation is 0.0002 to 0.0017 bpb, typically
-# 0.0005 to 0.0009; taken where a home has not measured its own.
+# 0.0005 to 0.0009; taken where nobody has measured the sweep's own.
 DEFAULT_SD_BPB = 0.0009
-PAIRS = 1.96 * sqrt(2)  # 95 of 100 pairs of seeds differ by less, in standard deviations
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How far seeds alone move a score, and who says so: a standard deviation in bpb, with the
+    degrees of freedom that it was measured with, None where it is taken as it is."""
+
+    sd_bpb: float = DEFAULT_SD_BPB
+    df: int | None = None
+    source: str = "techniques 1.8"
+
+    @property
+    def limit_bpb(self) -> float:
+        """How far apart 95 of 100 pairs of seeds are at most. The fewer seeds the deviation was
+        measured with, the wider: Student's t, as in service.verdicts."""
+        quantile = float(ndtri(0.975) if self.df is None else stdtrit(self.df, 0.975))
+        return quantile * sqrt(2) * self.sd_bpb
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +83,7 @@ class Prepared:
     data: Path
     device: str
     num_ranks: int
-    noise: Noise
+    noise: Spread
     allowed: tuple[Difference, ...]
     notes: tuple[Difference, ...]
 
@@ -111,9 +130,10 @@ def prepare(
     device = "cuda" if sheet.device == "cuda" and num_gpus else "cpu"
     here = replace(
         worker_facts(torch.device(device)),
-        threads=sheet.threads,
+        threads=sheet.threads,  # as `run` sets them
         attention=_kernel(sheet, device),
     )
+    measured = Noise() if sheet.sweep is None else noise_of(paths, sheet.sweep)
     found = [
         *wanted.differences,
         *check_sheet(sheet),
@@ -121,23 +141,29 @@ def prepare(
         *check_data(sheet, folder),
         *check_workers(sheet, here, num_gpus),
         *check_driver(sheet, driver_facts(dirty_diff())),
+        *([] if is_exact(sheet) or measured.sd_bpb is not None else check_noise(sheet)),
         *missing_facts(sheet),
     ]
-    require_allowed(sheet.final, found, allowed)
+    require_allowed(sheet.final, found, allowed, paths_of(sheet, values))
     num_ranks = min(sheet.world_size, num_gpus) if device == "cuda" else sheet.world_size
-    noise = sheet.noise
-    if noise.sd_bpb is None and sheet.sweep is not None:
-        noise = noise_of(paths, sheet.sweep)
     return Prepared(
         sheet=sheet,
         wanted=wanted,
         data=folder,
         device=device,
         num_ranks=num_ranks,
-        noise=noise,
+        noise=_spread(measured, sheet.noise),
         allowed=tuple(each for each in found if each.counts),
         notes=tuple(each for each in found if not each.counts),
     )
+
+
+def _spread(measured: Noise, told: Noise) -> Spread:
+    """What this home has measured, else what the sheet tells, else what is published."""
+    for noise, source in ((measured, "the sweep's seeds"), (told, "the sheet")):
+        if noise.sd_bpb is not None:
+            return Spread(noise.sd_bpb, noise.df, source)
+    return Spread()
 
 
 def _data_folder(paths: Paths, sheet: Sheet, data: Path | None) -> Path:
@@ -230,17 +256,13 @@ def compare(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
     it in words."""
     sheet, exact = prepared.sheet, is_exact(prepared.sheet)
     recorded, replayed = _recorded(sheet), _replayed(outcome)
-    sd = DEFAULT_SD_BPB if prepared.noise.sd_bpb is None else prepared.noise.sd_bpb
-    limit = PAIRS * sd
+    limit = prepared.noise.limit_bpb
     document: dict[str, Any] = {
         "final": sheet.final,
         "training": sheet.training,
         "sweep": sheet.sweep,
         "criterion": "the same bytes" if exact else f"within {limit:.5f} bpb",
-        "noise": {
-            "sd_bpb": sd,
-            "source": "techniques 1.8" if prepared.noise.sd_bpb is None else "measured",
-        },
+        "noise": asdict(prepared.noise),
         "recorded": recorded,
         "replayed": replayed,
         "allowed": [asdict(each) for each in prepared.allowed],

@@ -5,7 +5,7 @@ byte or a score counts, unless its name is allowed; the rest are notes: what a G
 never twice the same, was driven by, or what only says when and where. Reads files, runs nothing.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,16 @@ from trainer.runtime.files import sha256_file
 from trainer.specs.recipe import Recipe
 from trainer.specs.task import FinalTask, TrainTask, final_task, train_task
 
+SEED_PATH = "train.seed"  # its difference goes by the name `seed`
 SHOWN = 3  # differences of the data that a message names
-_ALWAYS = frozenset({"torch", "numpy", "python", "device", "threads"})
+MAX_SD_BPB = 0.0017  # the largest over seeds that techniques 1.8 has published ones of
+_ALWAYS = frozenset({"torch", "numpy", "python", "device"})
 """Facts of a worker that count on every device."""
 _ON_CPU = frozenset({"cpu_capability", "matmul_precision", "deterministic"})
 """Facts that set the order of a CPU's sums."""
+_CPU_VARIABLES = frozenset({"MKL_CBWR", "ONEDNN_MAX_CPU_ISA"})
+"""Variables that set it too, and that no other fact tells: cpu_capability has ATEN's, and how many
+threads there are a replay sets itself."""
 _COMPRESSORS = {
     "zstd": ("zstandard", "libzstd"),
     "brotli": ("brotli",),
@@ -36,8 +41,12 @@ _COMPRESSORS = {
     "zlib": ("zlib",),
     "range": ("constriction",),
 }
-_OWN = frozenset({"code", "data", "final", "seed", "spec", "training", "world_size"})
-_TOLD_APART = frozenset({"code_digest", "spec_version"})
+_OWN = frozenset(
+    {"code", "data", "final", "noise", "seed", "spec", "threads", "training", "world_size"}
+)
+_NAMES = _OWN | _ALWAYS | _ON_CPU | _CPU_VARIABLES | {"zlib"}.union(*_COMPRESSORS.values())
+"""What can count, besides the recipe's paths."""
+_TOLD_APART = frozenset({"code_digest", "environment", "resumed", "spec_version"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +87,7 @@ def wanted_of(sheet: Sheet, values: Sequence[tuple[str, Any]]) -> Wanted:
         _without_idle_clock(sheet, task),
         final_task(recipe),
         tuple(
-            Difference("seed" if path == "train.seed" else path, _text(old), _text(new))
+            Difference("seed" if path == SEED_PATH else path, _text(old), _text(new))
             for path, old, new in pairs
             if old != new
         ),
@@ -91,6 +100,13 @@ def _without_idle_clock(sheet: Sheet, task: TrainTask) -> TrainTask:
     if not is_idle or task.train.schedule.basis == "wallclock":
         return task
     return replace(task, train=replace(task.train, max_clock_s=None))
+
+
+def paths_of(sheet: Sheet, values: Sequence[tuple[str, Any]]) -> set[str]:
+    """Every path that a value of the sheet's recipe has, the parts that hold others included."""
+    leaves = [*flatten(sheet.recipe), *(path for path, _ in values)]
+    parts = [path.split(".") for path in leaves]
+    return {".".join(words[:end]) for words in parts for end in range(1, len(words) + 1)}
 
 
 def _at(data: Any, path: str) -> Any:
@@ -116,6 +132,15 @@ def check_sheet(sheet: Sheet) -> Iterator[Difference]:
         if told.get(path) != own.get(path):
             kept, asked = _text(own.get(path)), _text(told.get(path))
             yield Difference(path, f"{kept} in the tasks", f"{asked} in the recipe")
+    named = sheet.recipe.data
+    for part, asked in (("name", named.name), ("digest", named.digest)):
+        kept = getattr(sheet.data, part)
+        if asked is not None and asked != kept:
+            yield Difference("data", f"{part} {kept} in the sheet", f"{asked} in the recipe")
+    if sheet.device == "cpu":
+        for threads in {facts.threads: None for _, facts in _workers(sheet) if facts is not None}:
+            if threads not in (None, sheet.threads):
+                yield Difference("threads", str(threads), f"{sheet.threads} in the sheet")
     yield from _check_ids(sheet)
 
 
@@ -137,6 +162,8 @@ def _check_ids(sheet: Sheet) -> Iterator[Difference]:
         told = f"{trainings[0]} by its task and its data"
         is_shown = sheet.branch is not None or not moves
         yield Difference("training", sheet.training, told, counts=is_shown)
+    if sheet.fitted:
+        yield Difference("final", sheet.final, "not checked: it was fitted", counts=False)
     if sheet.fitted or sheet.code_digest is None:
         return
     device = {"device": "cuda"} if is_cuda else {"device": "cpu", "threads": sheet.threads}
@@ -181,21 +208,47 @@ def check_workers(sheet: Sheet, here: WorkerFacts, num_gpus: int) -> Iterator[Di
     the replay finds."""
     counting = _counting(sheet)
     told = [(role, facts) for role, facts in _workers(sheet) if facts is not None]
-    for name in (field.name for field in fields(WorkerFacts) if field.name not in _TOLD_APART):
+    skipped = _TOLD_APART | ({"threads"} if sheet.device == "cpu" else set[str]())
+    for name in (field.name for field in fields(WorkerFacts) if field.name not in skipped):
         found = getattr(here, name)
-        others = {role: getattr(facts, name) for role, facts in told}
-        others = {role: value for role, value in others.items() if value not in (None, (), found)}
-        for value in dict.fromkeys(map(_text, others.values())):
-            roles = [role for role, own in others.items() if _text(own) == value]
+        others = [(role, getattr(facts, name)) for role, facts in told]
+        others = [(role, value) for role, value in others if value not in (None, (), found)]
+        for value in dict.fromkeys(_text(value) for _, value in others):
+            roles = [role for role, own in others if _text(own) == value]
             recorded = value if len(roles) == len(told) else f"{value} ({roles[0]})"
             is_counted = name in counting and not (name == "python" and _minor(value, found))
             yield Difference(name, recorded, _text(found), is_counted)
+    yield from _check_variables(sheet, told, _variables(here))
     if sheet.device == "cuda" and num_gpus < sheet.world_size:
         yield Difference("world_size", f"{sheet.world_size} GPUs", f"{num_gpus} GPUs")
 
 
-def _workers(sheet: Sheet) -> tuple[tuple[str, WorkerFacts | None], ...]:
-    return ("training", sheet.train_worker), ("final", sheet.final_worker)
+def _check_variables(
+    sheet: Sheet, told: Sequence[tuple[str, WorkerFacts]], here: Mapping[str, str]
+) -> Iterator[Difference]:
+    """Hold the environment's variables, by name, against those that replay's workers will have."""
+    recorded = [(role, _variables(facts)) for role, facts in told]
+    for name in sorted({*here}.union(*(variables for _, variables in recorded))):
+        counts = name in _CPU_VARIABLES and sheet.device == "cpu"
+        found = here.get(name, "absent")
+        others = [(role, variables.get(name, "absent")) for role, variables in recorded]
+        for value in dict.fromkeys(value for _, value in others if value != found):
+            roles = [role for role, own in others if own == value]
+            shown = value if len(roles) == len(told) else f"{value} ({roles[0]})"
+            yield Difference(name, shown, found, counts)
+
+
+def _variables(facts: WorkerFacts) -> dict[str, str]:
+    pairs = (text.partition("=") for text in facts.environment)
+    return {name: value for name, _, value in pairs}
+
+
+def _workers(sheet: Sheet) -> Iterator[tuple[str, WorkerFacts | None]]:
+    """Who computed the stages, by role: first who began one, then who went on with it."""
+    for role, facts in (("training", sheet.train_worker), ("final", sheet.final_worker)):
+        yield role, facts
+        for number, later in enumerate(facts.resumed if facts else (), start=1):
+            yield f"{role}, resumed {number}", later
 
 
 def _counting(sheet: Sheet) -> Collection[str]:
@@ -229,6 +282,15 @@ def check_driver(sheet: Sheet, here: DriverFacts) -> Iterator[Difference]:
             yield Difference(name, _text(value), _text(found[name]), counts=False)
 
 
+def check_noise(sheet: Sheet) -> Iterator[Difference]:
+    """Hold a spread over seeds that nothing but the sheet tells of against the published ones: no
+    id has it, and by a large one anything would be the same."""
+    told = sheet.noise.sd_bpb
+    if told is not None and told > MAX_SD_BPB:
+        recorded = f"sd_bpb {told:g} in the sheet"
+        yield Difference("noise", recorded, f"not measured, {MAX_SD_BPB:g} is the largest known")
+
+
 def missing_facts(sheet: Sheet) -> Iterator[Difference]:
     """Notes on what the sheet does not tell."""
     for role, facts in _workers(sheet):
@@ -238,14 +300,19 @@ def missing_facts(sheet: Sheet) -> Iterator[Difference]:
         yield Difference("code", "not recorded", "not compared", counts=False)
 
 
-def require_allowed(where: str, found: Iterable[Difference], allowed: Collection[str]) -> None:
+def require_allowed(
+    where: str, found: Iterable[Difference], allowed: Collection[str], paths: Collection[str] = ()
+) -> None:
     """Raise UsageError, with every difference that counts, unless all of them are allowed by name;
-    and for a name that no difference can have."""
+    and for a name that no difference can have. paths: of the recipe, which may be named too."""
     found = list(found)
-    known = {each.name for each in found} | {field.name for field in fields(WorkerFacts)} | _OWN
+    names = _NAMES | {each.name for each in found if each.counts}
+    known = names | (set(paths) - {SEED_PATH})
     for name in sorted(set(allowed) - known):
-        if "." not in name:  # a path of the recipe
-            raise UsageError(f"--allow {name}: no fact has that name{suggest(name, known)}")
+        raise UsageError(
+            f"--allow {name}: nothing that counts, and no path of the recipe, has that name"
+            f"{suggest(name, sorted(names))}"
+        )
     barred = [each for each in found if each.counts and each.name not in allowed]
     if not barred:
         return

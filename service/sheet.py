@@ -22,7 +22,7 @@ from trainer.errors import DataError, UsageError
 from trainer.protocol import SPEC_VERSION
 from trainer.results import FinalResult, TrainResult
 from trainer.runtime.files import read_json, write_json
-from trainer.specs.base import require_positive, spec
+from trainer.specs.base import require, require_positive, spec
 from trainer.specs.recipe import DataSpec, Recipe
 from trainer.specs.task import FinalTask, TrainTask
 
@@ -43,10 +43,10 @@ class Branch:
 
 @spec
 class Verdict:
-    """One audit rule's verdict: pass, fail or not checked."""
+    """One audit rule's verdict."""
 
     id: str
-    verdict: str
+    verdict: Literal["pass", "fail", "not checked"]
     detail: str
     source: str
     contested: bool = False
@@ -81,6 +81,10 @@ class Noise:
 
     sd_bpb: float | None = None
     df: int | None = None
+
+    def __post_init__(self) -> None:
+        require((self.sd_bpb is None) == (self.df is None), "give both sd_bpb and df")
+        require_positive(sd_bpb=self.sd_bpb, df=self.df)
 
 
 @spec
@@ -154,7 +158,9 @@ def noise_of(paths: Paths, sweep_id: str) -> Noise:
         floor = measure(replay(ledger)).noise
     except UsageError:  # one seed, or nothing that counts
         return Noise()
-    return Noise() if floor is None else Noise(sd_bpb=floor.sd_bpb, df=floor.df)
+    if floor is None or floor.sd_bpb == 0:  # a seed that reaches nothing
+        return Noise()
+    return Noise(sd_bpb=floor.sd_bpb, df=floor.df)
 
 
 @dataclass(frozen=True, slots=True)

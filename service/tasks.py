@@ -111,10 +111,11 @@ class _Bench:
     def compute(
         self, kind: str, key: str, build: Callable[[Path], object], *, resumes: bool = False
     ) -> tuple[dict[str, Any], bool]:
-        """Compute a stage, with the facts of who does beside it, or find it."""
+        """Compute a stage, with the facts of who does beside it, or find it. Who resumes a score is
+        told from who began it by the journal that it left."""
 
         def told(folder: Path) -> None:
-            write_facts(folder, self._facts())
+            write_facts(folder, self._facts(), goes_on=any(folder.glob("journal/*/*.npz")))
             build(folder)
 
         return self.store.compute(kind, key, told, resumes=resumes)

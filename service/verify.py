@@ -10,7 +10,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -24,25 +24,29 @@ from service.record import (
     Entry,
     Record,
     claims_of,
+    fault_in,
     log_name,
     requirements_of,
     sheet_name,
     val_split,
     weights_name,
 )
+from service.record_audit import audit_mismatches, untold
 from service.record_folder import MAX_LOG_BYTES, README, SUBMISSION, Folder
 from service.record_log import head_of, tail_of
-from service.record_readme import readme_of
+from service.record_readme import readme_of, texts_of
 from service.record_text import (
     Mismatch,
     claim_mismatches,
     log_mismatches,
+    people_mismatches,
     readme_mismatches,
     shown,
     text_mismatches,
 )
+from service.record_weights import fits_weights, header_mismatches
 from service.replay_checks import check_sheet
-from service.sheet import Sheet, read_sheet
+from service.sheet import MAX_SHEET_BYTES, Sheet, read_sheet
 from service.singlefile.write import write_single_file
 from trainer.data.shards import Dataset
 from trainer.errors import DataError, UsageError
@@ -53,6 +57,9 @@ MAX_SEEDS = 100
 MAX_SEED = 2**63
 MAX_WEIGHTS_BYTES = 8 * ARTIFACT_BYTES_CAP
 MAX_CODE_BYTES = 1 << 23
+MAX_THREADS = 1024
+# How long a score may take in the clean room: loading, and what another machine is slower by.
+LEAST_ROOM_S, SLOWER = 1_800.0, 20.0
 # How far two scores of one model are apart: on CPUs, whose float32 sums differ in order at most;
 # and where a GPU is in it, as with a bank's parity.
 SAME_BPB = {"cpu": 1e-5, "cuda": 1e-3}
@@ -94,31 +101,58 @@ def verify(
     sheets = _sheets(folder, seeds, wrong)
     if len(sheets) < len(seeds) or _absent(folder, seeds):
         return Verification(tuple(wrong), (), seeds, {})
-    place = Place(room, find_data(sheets[0]))
-    check_data(place.dataset, sheets[0])
     files = _contents(folder, seeds)
     record = _record(folder, claims, sheets, files)
     wrong += _paper_mismatches(folder, record, claims)
     wrong += _file_mismatches(record, files)
-    notes, scored = list[str](), dict[int, float]()
-    odd = {each.file for each in wrong} & {sheet_name(seed) for seed in seeds}
-    strange = [] if odd else list(_code_mismatches(record, files))
-    runs = trusts or not (odd or any(each.file == CODE for each in strange))
-    if runs:
-        for entry in record.entries:
-            wrong += _score_mismatches(entry, files, place, scored)
-    else:
-        what = "a sheet contradicts itself" if odd else "it is not what its recipe makes"
-        notes.append(f"{CODE} was not run: {what}")
+    notes, scored = list(untold(record)), dict[int, float]()
+    odd = ({each.file for each in wrong} | _altered(folder, claims)) & set(map(sheet_name, seeds))
+    # Of a model that its weights do not have nothing is cut: it could be of any size.
+    is_cut = not odd and all(fits_weights(e, files[weights_name(e.seed)]) for e in record.entries)
+    strange = list(_code_mismatches(record, files)) if is_cut else []
+    if not is_cut:
+        what = "a sheet does not hold" if odd else "a sheet's model is not its weights' own"
+        notes.append(f"{CODE} was not held against its recipe: {what}")
     if trusts:
         notes += [f"{each.line()}; trusted" for each in strange]
     else:
         wrong += strange
+    if trusts or (is_cut and not any(each.file == CODE for each in strange)):
+        try:
+            place = _place(room, find_data, sheets[0])
+        except UsageError as error:
+            if not wrong:
+                raise
+            notes.append(f"nothing was scored: {error}")
+        else:
+            for entry in record.entries:
+                wrong += _score_mismatches(entry, files, place, scored)
+    else:
+        what = "it is not what its recipe makes" if is_cut else "it was not held against its recipe"
+        notes.append(f"{CODE} was not run: {what}")
     wrong += _hash_mismatches(folder, claims, record, {each.file for each in wrong})
     notes += [f"{name} was not looked at: no record has it" for name in _stray(folder, record)]
     if record.left_out:
         notes.append(f"{SUBMISSION}: seeds_left_out was not checked: no sheet tells of them")
     return Verification(tuple(wrong), tuple(notes), seeds, scored, network() if scored else None)
+
+
+def _place(room: CleanRoom, find_data: FindData, sheet: Sheet) -> Place:
+    place = Place(room, find_data(sheet))
+    check_data(place.dataset, sheet)
+    return place
+
+
+def _altered(folder: Folder, claims: Mapping[str, Any]) -> set[str]:
+    """The sheets that are not those whose sha256 submission.json has."""
+    claimed = claims.get("files")
+    told: Mapping[str, Any] = claimed if isinstance(claimed, dict) else {}
+    names = [name for name in folder.at_top(".json") if name in told]
+    return {
+        name
+        for name in names
+        if hashlib.sha256(folder.read(name, MAX_SHEET_BYTES)).hexdigest() != told[name]
+    }
 
 
 def _seeds(folder: Folder, claims: Mapping[str, Any]) -> tuple[int, ...]:
@@ -164,10 +198,16 @@ def _sheets(folder: Folder, seeds: tuple[int, ...], wrong: list[Mismatch]) -> li
         if sheet.seed != seed:
             wrong.append(Mismatch(name, "seed", str(sheet.seed), str(seed)))
         for each in check_sheet(sheet):
-            wrong.append(Mismatch(name, each.name, shown(each.recorded), shown(each.here)))
-        if sheet.data.digest != sheets[0].data.digest:
-            found = sheets[0].data.digest
-            wrong.append(Mismatch(name, "data.digest", sheet.data.digest, found))
+            if each.counts:
+                wrong.append(Mismatch(name, each.name, shown(each.recorded), shown(each.here)))
+        for field, claim, found in (
+            ("data.digest", sheet.data.digest, sheets[0].data.digest),
+            ("code_digest", sheet.code_digest or "nothing", sheets[0].code_digest or "what scored"),
+        ):
+            if claim != found:
+                wrong.append(Mismatch(name, field, shown(claim), shown(found)))
+        if sheet.threads > MAX_THREADS:
+            wrong.append(Mismatch(name, "threads", str(sheet.threads), f"at most {MAX_THREADS}"))
     return sheets
 
 
@@ -207,16 +247,19 @@ def _record(
             raise DataError(f"{folder.root / SUBMISSION}: {key}: expected a text")
         return value
 
-    people = {key: claims[key] and words(key) for key in ("author", "github_id") if key in claims}
+    people = {key: words(key) for key in ("author", "github_id") if claims.get(key) is not None}
     by = By(
         author=people.get("author"), github_id=people.get("github_id"),
         name=words("name"), blurb=words("blurb"), date=words("date"),
     )  # fmt: skip
+    if (fault := fault_in(by)) is not None:
+        raise DataError(f"{folder.root / SUBMISSION}: {fault[0]}: {fault[1]}")
     entries = tuple(Entry(sheet, len(files[weights_name(sheet.seed)])) for sheet in sheets)
-    left_out = claims.get("seeds_left_out", {})
-    scores = left_out.values() if isinstance(left_out, dict) else [left_out]
-    if not all(score is None or isinstance(score, Decimal) for score in scores) or not all(
-        seed.isdecimal() and len(seed) < 20 for seed in left_out
+    left_out: Any = claims.get("seeds_left_out")
+    left_out = {} if left_out is None else left_out
+    if not isinstance(left_out, dict) or not all(
+        seed.isdecimal() and len(seed) < 20 and (score is None or isinstance(score, Decimal))
+        for seed, score in left_out.items()
     ):
         raise DataError(f"{folder.root / SUBMISSION}: seeds_left_out: expected scores by seed")
     others = {int(seed): score and float(score) for seed, score in left_out.items()}
@@ -228,14 +271,18 @@ def _paper_mismatches(
 ) -> Iterator[Mismatch]:
     """What README.md, submission.json, the logs and requirements.txt claim."""
     said = {key: value for key, value in claims.items() if key != "files"}
+    if said.get("seeds_left_out", ...) is None:
+        said.pop("seeds_left_out")  # none were, in other words
     expected = claims_of(record, {})
     expected.pop("files")
     yield from claim_mismatches(expected, said)
     if record.bytes_total > ARTIFACT_BYTES_CAP:
         found = f"{record.bytes_total} bytes"
         yield Mismatch(CODE, "artifact", f"at most {ARTIFACT_BYTES_CAP}", found)
+    known = texts_of(record.wordless())
+    words = {key: word for key, word in asdict(record.by).items() if key != "date"}
+    yield from people_mismatches(words, known)
     if README in folder.names:
-        known = [json.dumps(expected)]
         yield from readme_mismatches(readme_of(record), folder.text(README), known)
     if REQUIREMENTS in folder.names:
         text = folder.text(REQUIREMENTS)
@@ -261,16 +308,15 @@ def _file_mismatches(record: Record, files: Mapping[str, bytes]) -> Iterator[Mis
         if result.artifact_bytes != total:
             field = "result.artifact_bytes"
             yield Mismatch(sheet_name(entry.seed), field, str(result.artifact_bytes), str(total))
-        for rule in result.audit:
-            if rule.verdict == "fail":
-                yield Mismatch(sheet_name(entry.seed), f"audit {rule.id}", "legal", rule.verdict)
+        yield from audit_mismatches(entry)
+        yield from header_mismatches(entry, files[name])
 
 
 def _code_mismatches(record: Record, files: Mapping[str, bytes]) -> Iterator[Mismatch]:
     """Whether the code is what the first sheet's recipe is cut into."""
     with tempfile.TemporaryDirectory(prefix="fairway-cut-") as place:
         first = record.first
-        made = write_single_file(first.train_task, first.final_task, Path(place))
+        made = write_single_file(first.train_task, first.final_task, Path(place), first.world_size)
         for name, path in ((CODE, made.path), (SOURCE, made.source_path)):
             expected, found = sha256_file(path), hashlib.sha256(files[name]).hexdigest()
             if expected != found:
@@ -287,7 +333,14 @@ def _score_mismatches(
     data = str(place.dataset.folder.resolve())
     words = [CODE, "--score", name, "--data", data]
     program = {CODE: files[CODE], name: files[name]}
-    done = place.room.run(program, words, threads=sheet.threads, device=sheet.device)
+    limit_s = LEAST_ROOM_S + SLOWER * max(result.eval_clock_s, 0.0)
+    try:
+        done = place.room.run(
+            program, words, threads=sheet.threads, device=sheet.device, timeout_s=limit_s
+        )
+    except TimeoutError as error:
+        yield Mismatch(name, "clean run", "a score", str(error))
+        return
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
         yield Mismatch(name, "clean run", "a score", shown(f"exit {done.returncode}: {last}"))

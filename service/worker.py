@@ -34,6 +34,7 @@ from trainer.runtime.distributed import Ranks
 from trainer.runtime.files import locked, write_text
 from trainer.specs.task import Departure, TrainTask
 from trainer.train.memo import Memo
+from trainer.train.state import checkpoints
 
 PROBE_SIZE = {"cpu": 256, "cuda": 4096}  # of the square matrices whose product times a rank
 PROBE_TIMES = 5
@@ -151,16 +152,17 @@ class Rank:
         # Only rank 0 writes. A rank 0 that outlives its killed driver must not write beside us.
         with locked(folder / "writer.lock") if is_first else nullcontext():
             if job["kind"] == "training":
-                self._leave_facts(task, [folder])
+                self._leave_facts(task, [folder], goes_on=bool(checkpoints(folder)))
                 train(task, dataset, folder, ranks, start=start, steer=steer, memo=self.memo)
                 return
             states = [(parse(Departure, at, "states"), Path(left)) for at, left in job["states"]]
-            self._leave_facts(task, [left for _, left in states])
+            places = [left for _, left in states]
+            self._leave_facts(task, places, goes_on=_is_grown(folder, places))
             grow_trunk(
                 task, dataset, states, folder, ranks, start=start, steer=steer, memo=self.memo
             )
 
-    def _leave_facts(self, task: TrainTask, folders: Sequence[Path]) -> None:
+    def _leave_facts(self, task: TrainTask, folders: Sequence[Path], *, goes_on: bool) -> None:
         """Write down what this gang computes with, beside what it is to leave."""
         if not self.ranks.is_first:
             return
@@ -169,7 +171,7 @@ class Rank:
         facts = replace(self.facts, attention=choice(asked, learns=True))
         for folder in folders:
             if not (folder / "result.json").is_file():  # what others left is theirs
-                write_facts(folder, facts)
+                write_facts(folder, facts, goes_on=goes_on)
 
     def _open(self, data: Path, folder: Path) -> Dataset:
         """Open a job's dataset; UnfitError where the ranks do not share it, or the store."""
@@ -289,6 +291,13 @@ def _unseen_marks(folder: Path, world_size: int) -> str | None:
         if not _mark(folder, rank).is_file():
             return f"{folder}: what rank {rank} writes is not seen by all; share the store"
     return None
+
+
+def _is_grown(folder: Path, states: Sequence[Path]) -> bool:
+    """Whether a trunk goes on: from a checkpoint, or from one of its states."""
+    return bool(checkpoints(folder / "trunk")) or any(
+        (state / "result.json").is_file() for state in states
+    )
 
 
 @contextmanager

@@ -5,7 +5,7 @@ what it would hear from Ray Tune.
 """
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from service.ledger import Ledger, SweepView, replay
 from service.paths import Paths
 from service.plan import Final, Plan, Training, make_plan
 from service.recorder import Recorder
-from service.sheet import Sheets
+from service.sheet import Sheet, Sheets
 from service.store import Store
 from service.sweep import Sweep, load_sweep
 from service.talk import Talk
@@ -139,3 +139,15 @@ def _final(store: Store, final: Final, dataset: Dataset) -> dict[str, Any]:
         "device": "cpu",
     }
     return {"final": final.id, "kind": "final", **run_final(job)}
+
+
+def on_final(sheet: Sheet, **facts: Any) -> Sheet:
+    """The sheet of a final that was computed with other things."""
+    assert sheet.final_worker is not None
+    return replace(sheet, final_worker=replace(sheet.final_worker, **facts))
+
+
+def on_both(sheet: Sheet, **facts: Any) -> Sheet:
+    """The same of a final whose training was, too."""
+    assert sheet.train_worker is not None
+    return replace(on_final(sheet, **facts), train_worker=replace(sheet.train_worker, **facts))

@@ -2,7 +2,7 @@
 
 import ast
 from functools import cache
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from service.singlefile.bindings import Bindings, bindings_of
 from service.singlefile.program import (
@@ -19,19 +19,12 @@ from service.singlefile.values import (
     BOTH,
     NONE,
     Instance,
-    Many,
-    Row,
     Value,
     constant,
     join,
     truths,
 )
-from service.singlefile.world import World, is_class, is_known_class, is_protocol
-
-_ITERABLES: Final = {
-    "list", "set", "frozenset", "Sequence", "Iterable", "Iterator", "Generator", "tuple",
-}  # fmt: skip
-_MAPPINGS: Final = {"dict", "Mapping"}
+from service.singlefile.world import World, definition_of, is_class, is_known_class, is_protocol
 
 
 class Annotations:
@@ -52,8 +45,6 @@ class Annotations:
         self.function = function
         self.bindings: Bindings = bindings_of(function) if function is not None else {}
         self.busy = busy
-        self.told: dict[str, Value] = {}
-        """What a single call hands to the parameters."""
 
     def inside(
         self,
@@ -104,27 +95,24 @@ class Annotations:
         return ANYTHING
 
     def _type_subscript(self, name: str, base: ast.expr, inner: ast.expr) -> Value:
-        parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
         if name == "Literal":
+            parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
             return join(constant(p.value) for p in parts if isinstance(p, ast.Constant))
         if name == "Final":
             return self.type_value(inner)
-        if name == "tuple" and not (len(parts) == 2 and ast.unparse(parts[1]) == "..."):
-            return frozenset([Row(tuple(self.type_value(part) for part in parts))])
-        if name in _ITERABLES:
-            return frozenset([Many(self.type_value(parts[0]))])
-        if name in _MAPPINGS:
-            return frozenset([Many(self.type_value(parts[-1]), is_mapping=True)])
         return self._type_name(self.meaning(base))
 
     def objects_of(self, definition: Definition) -> Value:
-        """Return the objects of a class of ours, as far as any are made."""
-        owner = definition.qualname
+        """Return the objects of a class of ours, and of what derives from it, that are made."""
         if is_protocol(definition):
             return ANYTHING
-        if is_known_class(definition) and owner not in self.world.open_classes:
+        return join(map(self._made, self.world.made.get(definition.qualname, ())))
+
+    def _made(self, owner: str) -> Value:
+        """Return the objects of this very class."""
+        if is_known_class(definition_of(owner)) and owner not in self.world.open_classes:
             return frozenset(self.world.known.get(owner, ()))
-        return frozenset([Instance(owner)]) if owner in self.world.made else frozenset()
+        return frozenset([Instance(owner)])
 
     def classes_in(self, node: ast.expr) -> list[Definition | External | str]:
         """Return the classes that a test names; a builtin's by its name."""

@@ -4,8 +4,8 @@ import ast
 from collections.abc import Iterator
 from functools import cache
 
-# How, by what node, and through which places of an unpacked tuple.
-Binding = tuple[str, ast.AST | None, tuple[int, ...]]
+# How, and by what node.
+Binding = tuple[str, ast.AST | None]
 Bindings = dict[str, list[Binding]]
 Scope = ast.FunctionDef | ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 
@@ -24,48 +24,57 @@ def _bindings(node: ast.AST, function: ast.FunctionDef) -> Iterator[tuple[str, B
     match node:
         case ast.FunctionDef(args=args) | ast.Lambda(args=args):
             if isinstance(node, ast.FunctionDef) and node is not function:
-                yield node.name, ("unknown", None, ())
+                yield node.name, ("unknown", None)
             yield from _parameters(args)
         case ast.Assign(targets=targets, value=value):
             for target in targets:
-                yield from _targets(target, "value", value, ())
+                yield from _targets(target, value)
         case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation):
-            yield name, ("type", annotation, ())
+            yield name, ("type", annotation)
         case ast.AugAssign(target=ast.Name(id=name)):
-            yield name, ("unknown", None, ())
+            yield name, ("unknown", None)
         case ast.NamedExpr(target=ast.Name(id=name), value=value):
-            yield name, ("value", value, ())
-        case ast.For(target=target, iter=value) | ast.comprehension(target=target, iter=value):
-            yield from _targets(target, "each", value, ())
+            yield name, ("value", value)
+        case ast.For(target=target) | ast.comprehension(target=target):
+            yield from _targets(target, None)
         case ast.withitem(optional_vars=ast.expr() as target):
-            yield from _targets(target, "unknown", None, ())
+            yield from _targets(target, None)
         case ast.ExceptHandler(name=str(name)) | ast.MatchStar(name=str(name)):
-            yield name, ("unknown", None, ())
+            yield name, ("unknown", None)
         case ast.MatchAs(name=str(name)) | ast.MatchMapping(rest=str(name)):
-            yield name, ("unknown", None, ())
+            yield name, ("unknown", None)
 
 
 def _parameters(args: ast.arguments) -> Iterator[tuple[str, Binding]]:
     for argument in (*args.posonlyargs, *args.args, *args.kwonlyargs):
-        is_self = argument.arg == "self" and argument.annotation is None
-        yield argument.arg, ("self" if is_self else "parameter", argument, ())
+        if argument.arg == "self" and argument.annotation is None:
+            yield argument.arg, ("self", None)
+        else:
+            yield argument.arg, ("type", argument.annotation)
     for argument in (args.vararg, args.kwarg):
         if argument is not None:
-            yield argument.arg, ("unknown", None, ())
+            yield argument.arg, ("unknown", None)
 
 
-def _targets(
-    target: ast.expr, kind: str, value: ast.AST | None, path: tuple[int, ...]
-) -> Iterator[tuple[str, Binding]]:
-    match target:
-        case ast.Name(id=name):
-            yield name, (kind, value, path)
-        case ast.Tuple(elts=parts) | ast.List(elts=parts):
-            is_plain = not any(isinstance(part, ast.Starred) for part in parts)
-            for index, part in enumerate(parts):
-                yield from _targets(part, kind if is_plain else "unknown", value, (*path, index))
-        case ast.Starred(value=inner):
-            yield from _targets(inner, "unknown", value, path)
+def _targets(target: ast.expr, value: ast.AST | None) -> Iterator[tuple[str, Binding]]:
+    match target, value:
+        case ast.Name(id=name), None:
+            yield name, ("unknown", None)
+        case ast.Name(id=name), _:
+            yield name, ("value", value)
+        case ast.Tuple(elts=parts), ast.Tuple(elts=values) if len(parts) == len(values):
+            is_plain = not any(isinstance(each, ast.Starred) for each in (*parts, *values))
+            for part, each in zip(parts, values, strict=True):
+                yield from _targets(part, each if is_plain else None)
+        case ((ast.Tuple() | ast.List() | ast.Starred()), _):
+            for part in ast.iter_child_nodes(target):
+                if isinstance(part, ast.expr):
+                    yield from _targets(part, None)
+
+
+def names_in(node: ast.AST) -> set[str]:
+    """Return the names that stand in a node."""
+    return {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
 
 
 @cache
@@ -152,20 +161,3 @@ def _walrus(node: ast.AST, name: str) -> Iterator[bool]:
     for each in ast.walk(node):
         if isinstance(each, ast.NamedExpr) and each.target.id == name:
             yield True
-
-
-def is_simple(node: ast.FunctionDef) -> bool:
-    """Whether a function only returns, but for its docstring."""
-    rest = [each for each in node.body if not isinstance(each, ast.Expr)]
-    return len(rest) == 1 and isinstance(rest[0], ast.Return) and not node.decorator_list
-
-
-def arguments_of(function: ast.FunctionDef, node: ast.Call) -> dict[str, ast.expr] | None:
-    """Return what a call hands to each parameter by name; None where that is not all written."""
-    args = function.args
-    names = [each.arg for each in (*args.posonlyargs, *args.args)]
-    given = dict(zip(names, node.args, strict=False))
-    given |= {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
-    is_plain = not any(isinstance(part, ast.Starred) for part in node.args)
-    is_whole = set(given) == {*names, *(each.arg for each in args.kwonlyargs)}
-    return given if is_plain and is_whole and len(node.args) <= len(names) else None

@@ -11,6 +11,7 @@ from typing import Final
 
 from service.singlefile.edits import Page
 from service.singlefile.names import check_names, new_names
+from service.singlefile.packages import packages_of
 from service.singlefile.program import (
     Definition,
     ExportError,
@@ -21,10 +22,10 @@ from service.singlefile.program import (
 )
 from service.singlefile.spell import Speller
 from service.singlefile.statements import walk_function
-from service.singlefile.tidy import tidy
 from service.singlefile.types import annotate
 from service.singlefile.walk import Walk, class_keys
-from service.singlefile.world import World, bases_of, is_class, is_known_class, is_protocol
+from service.singlefile.world import World, bases_of, definition_of, is_known_class, is_protocol
+from trainer.specs.model import ModelSpec
 from trainer.specs.task import FinalTask, TrainTask
 
 ROOT: Final = "service.singlefile.driver"
@@ -46,24 +47,28 @@ from __future__ import annotations
 _ASIDE: Final = re.compile(
     r"  # (type: ignore\[[\w-]+\]|pyright: ignore\[\w+\]|noqa: \w+|fmt: skip)( \([^)\n]*\))?"
 )
-ALLOWED: Final = {"torch", "numpy", "sentencepiece", "constriction"}
 
 
 class Cut:
     """The live code of a recipe, and its text."""
 
-    def __init__(self, train: TrainTask, final: FinalTask) -> None:
+    def __init__(
+        self, train: TrainTask, final: FinalTask, world_size: int, root: str = ROOT
+    ) -> None:
+        """`root` is the module whose `main` is live."""
         self.world = World(train, final)
-        self.recipe = {"TRAIN": train, "FINAL": final}
+        self.recipe = {"TRAIN": train, "FINAL": final, "WORLD_SIZE": world_size}
+        self.packages = packages_of(final.final)
         self.renamed: dict[str, str] = {}
         self.pages: dict[str, Page] = {}
-        driver = read_module(ROOT)
-        self.world.live[f"{ROOT}:main"] = driver.definitions["main"]
-        for name in ("TRAIN", "FINAL"):
+        self.root = root
+        self.world.live[f"{root}:main"] = read_module(root).definitions["main"]
+        for name in self.recipe:
             self.world.live[f"{RECIPE}:{name}"] = read_module(RECIPE).definitions[name]
         self._settle()
         self.world.is_patient = False  # what still waits is taken as it is
         self._settle()
+        self._check_models()
         self.renamed = new_names(self.world)
         self._round()
 
@@ -73,14 +78,21 @@ class Cut:
             self._round()
             if self.world.measure() == before:
                 return
-        raise ExportError(f"{ROOT}: the walk over the code does not settle")
+        raise ExportError(f"{self.root}: the walk over the code does not settle")
+
+    def _check_models(self) -> None:
+        """ExportError for a model whose blueprint is not among those computed beforehand."""
+        opened = self.world.open_classes | {owner for owner, _ in self.world.open_fields}
+        for owner in sorted(opened):
+            if owner.startswith(ModelSpec.__module__):
+                raise ExportError(f"{owner}: running code makes or changes it; only data may")
 
     def _round(self) -> None:
         """Walk over everything that is live, until no definition is left that was not walked."""
         self.pages = {}
         walked: set[str] = set()
         for owner in [*self.world.known]:
-            self.world.live.setdefault(owner, _of(owner))
+            self.world.live.setdefault(owner, definition_of(owner))
         while waiting := [name for name in self.world.live if name not in walked]:
             for name in waiting:
                 walked.add(name)
@@ -109,6 +121,7 @@ class Cut:
             if isinstance(base, ast.Subscript):
                 annotate(walk, base.slice)
         keeps_all = _keeps_methods(walk.definition)
+        going: list[int] = []
         walk.scopes.append(set())
         for index, part in enumerate(node.body):
             match part:
@@ -117,29 +130,25 @@ class Cut:
                         method = Walk(self.world, walk.definition, walk.page, self.renamed, part)
                         walk_function(method, part)
                     else:
-                        _cut_part(walk, node, index)
+                        going.append(index)
                 case ast.AnnAssign(target=ast.Name(id=name)):
-                    if is_known_class(walk.definition) and self._is_void(walk.definition, name):
-                        _cut_part(walk, node, index)
-                    else:
-                        self._walk_field(walk, part, name)
+                    self._walk_field(walk, part, name)
                 case ast.Assign(value=value):
                     walk.expression(value)
+                case ast.Expr() | ast.Pass():
+                    pass
+                case _:
+                    raise ExportError(
+                        f"{walk.definition.qualname}: the exporter does not follow "
+                        f"`{ast.unparse(part).splitlines()[0]}` in a class"
+                    )
         walk.scopes.pop()
+        _cut_parts(walk, node, going)
 
     def _is_called(self, definition: Definition, name: str) -> bool:
         if name == "__post_init__":  # what a spec checks was checked when it was written down
             return not is_known_class(definition)
         return name.startswith("__") or name in self.world.names
-
-    def _is_void(self, definition: Definition, name: str) -> bool:
-        """Whether a field is None in every spec and nobody asks for it."""
-        owner, world = definition.qualname, self.world
-        if owner in world.open_classes or (owner, name) in world.open_fields:
-            return False
-        asked = {(owner, name), (owner, "*"), ("*", name), ("*", "*")}
-        values = [getattr(each.value, name) for each in world.known.get(owner, ())]
-        return bool(values) and not asked & world.reads and all(v is None for v in values)
 
     def _walk_field(self, walk: Walk, node: ast.AnnAssign, name: str) -> None:
         annotate(walk, node.annotation)
@@ -157,7 +166,7 @@ class Cut:
 
     def default_of(self, owner: str, name: str) -> ast.expr | None:
         """The default that a spec's field keeps."""
-        definition = _of(owner)
+        definition = definition_of(owner)
         assert isinstance(definition.node, ast.ClassDef)
         for node in definition.node.body:
             match node:
@@ -172,7 +181,8 @@ class Cut:
         """Return the single file's source; ExportError if a name in it means nothing."""
         parts = [self._head()]
         said: set[str] = set()
-        for module in in_order(ROOT):
+        for module in in_order(self.root):
+            self._check_effects(module)
             own = sorted(
                 (d for d in self.world.live.values() if d.module is module), key=lambda d: d.lines
             )
@@ -180,13 +190,12 @@ class Cut:
             said |= {self.name_of(d.qualname) for d in own}
             if not own:
                 continue
-            self._check_effects(module, own)
             parts.append(_banner(module))
             for before, definition in zip([None, *own], own, strict=False):
                 parts.append(_gap(before, definition) + self._text_of(definition).strip("\n"))
         source = "".join(parts)
         source += '\n\n\nif __name__ == "__main__":\n    raise SystemExit(main())\n'
-        source = tidy(_ASIDE.sub("", source))
+        source = _ASIDE.sub("", source)
         check_names(source)
         return source
 
@@ -207,7 +216,7 @@ class Cut:
             if bound.setdefault(external.bound, external) != external:
                 raise ExportError(f"{external.bound}: two imports bind it")
             top = external.module.partition(".")[0]
-            if top not in ALLOWED and top not in sys.stdlib_module_names:
+            if top not in self.packages and top not in sys.stdlib_module_names:
                 raise ExportError(f"{external.module}: the single file would need this package")
             if external.name is None:
                 is_same = external.bound == external.module.partition(".")[0]
@@ -222,20 +231,33 @@ class Cut:
             lines.append(f"from {name} import {', '.join(sorted(parts[name]))}")
         return _HEAD + "\n".join(lines)
 
-    def _check_effects(self, module: Module, own: list[Definition]) -> None:
-        names = {definition.name for definition in own}
+    def _check_effects(self, module: Module) -> None:
+        """ExportError for a statement of a module that may act on what is live, or on a library."""
+        live = {d.name for d in self.world.live.values() if d.module is module}
         for effect in module.effects:
-            touched = {n.id for n in ast.walk(effect) if isinstance(n, ast.Name)} & names
-            if touched:
+            names = {n.id for n in ast.walk(effect) if isinstance(n, ast.Name)}
+            if names & live or not _acts_on_ours(module, effect):
                 raise ExportError(
-                    f"{module.name}, line {effect.lineno}: a statement that acts on "
-                    f"{', '.join(sorted(touched))} cannot be cut out"
+                    f"{module.name}, line {effect.lineno}: `{ast.unparse(effect).splitlines()[0]}` "
+                    "cannot be cut out; do it in a function"
                 )
 
 
-def _of(owner: str) -> Definition:
-    module, _, name = owner.partition(":")
-    return read_module(module).definitions[name]
+def _acts_on_ours(module: Module, effect: ast.stmt) -> bool:
+    """Whether a statement does nothing but set up a definition of its module."""
+    match effect:
+        case ast.For(body=body, orelse=[]):
+            return all(_acts_on_ours(module, each) for each in body)
+        case ast.Expr(value=ast.Call(func=ast.Attribute() as target)):
+            pass
+        case ast.Assign(targets=[ast.Attribute() as target]):
+            pass
+        case _:
+            return False
+    top: ast.expr = target
+    while isinstance(top, ast.Attribute):
+        top = top.value
+    return isinstance(top, ast.Name) and top.id in module.definitions
 
 
 def _is_plain(node: ast.expr) -> bool:
@@ -260,18 +282,22 @@ def _keeps_methods(definition: Definition) -> bool:
     return False
 
 
-def _cut_part(walk: Walk, node: ast.ClassDef, index: int) -> None:
-    """Take a field or method out of a class, with its docstring and the blank lines before it."""
-    part = node.body[index]
-    first, last = walk.text.lines_of(part)
-    assert last is not None
-    for after in node.body[index + 1 : index + 2]:
-        match part, after:
-            case ast.AnnAssign(), ast.Expr(value=ast.Constant(value=str())):
-                last = after.end_lineno or last
-    while first > 1 and not walk.text.line(first - 1).strip():
-        first -= 1
-    walk.page.cut_lines(first, last)
+def _cut_parts(walk: Walk, node: ast.ClassDef, going: list[int]) -> None:
+    """Take fields and methods out of a class, with docstrings and the blank lines before them."""
+    is_empty = all(
+        index in going or (isinstance(part, ast.Expr) and index - 1 in going)
+        for index, part in enumerate(node.body)
+    )
+    for index in going:
+        part = node.body[index]
+        first, last = walk.text.lines_of(part)
+        match part, node.body[index + 1 : index + 2]:
+            case ast.AnnAssign(), [ast.Expr(value=ast.Constant(value=str())) as said]:
+                last = said.end_lineno or last
+        while first > 1 and not walk.text.line(first - 1).strip():
+            first -= 1
+        is_last = is_empty and index == going[-1]
+        walk.page.cut_lines(first, last, " " * part.col_offset + "pass\n" if is_last else "")
 
 
 def _walk_assignment(walk: Walk, node: ast.Assign | ast.AnnAssign) -> None:
@@ -323,20 +349,3 @@ def _banner(module: Module) -> str:
     said = (ast.get_docstring(module.tree) or "").strip()
     lines = [f"# === {module.name}", *(f"# {line}".rstrip() for line in said.splitlines())]
     return "\n\n\n" + "\n".join(lines)
-
-
-def packages_of(cut: Cut) -> tuple[str, ...]:
-    """Return the packages outside the standard library that the file imports, its compressor's
-    too."""
-    found = {each.module.partition(".")[0] for each in cut.world.externals}
-    kind = cut.world.kind_of_weights()
-    found |= {"zstd": {"zstandard"}, "brotli": {"brotli"}, "range": {"brotli"}}.get(kind, set())
-    return tuple(sorted(found - set(sys.stdlib_module_names)))
-
-
-def classes_of(cut: Cut) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the classes that are in the file, and those of the same modules that are not."""
-    there = {d.name for d in cut.world.live.values() if is_class(d)}
-    modules = [m for m in in_order(ROOT) if m.name.startswith("trainer.")]
-    every = {name for m in modules for name, d in m.definitions.items() if is_class(d)}
-    return tuple(sorted(there)), tuple(sorted(every - there))

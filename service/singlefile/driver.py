@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from service.singlefile.recipe import FINAL, TRAIN
+from service.singlefile.recipe import FINAL, TRAIN, WORLD_SIZE
 from service.singlefile.stand_ins import require_fresh
 from trainer.data.shards import Dataset, load_dataset
-from trainer.errors import FairwayError
-from trainer.finalize.artifact import read_weights
+from trainer.errors import FairwayError, UsageError
+from trainer.finalize.artifact import BESIDE, read_weights
 from trainer.finalize.calibration import calibration_batches
+from trainer.finalize.compress import compress
 from trainer.finalize.hessians import collect_hessians
 from trainer.finalize.pipeline import WEIGHTS_FILE, finalize
 from trainer.model.build import build, load_state
@@ -29,6 +30,7 @@ from trainer.runtime.files import sha256_file, write_json
 from trainer.runtime.logs import configure
 from trainer.runtime.tensors import load_tensors
 from trainer.scoring import check_tokenizer, score_state, val_text
+from trainer.specs.final import RangeCoder
 from trainer.specs.task import TrainTask
 from trainer.train import loop
 
@@ -39,6 +41,8 @@ def main() -> int:
     with from_torchrun() as ranks:
         configure(ranks.rank)
         try:
+            if arguments.score is None:
+                _require_all(ranks, takes_any=arguments.any_workers)
             dataset = load_dataset(arguments.data)
             if arguments.score is not None:
                 result = _scored(arguments.score, dataset, ranks)
@@ -65,7 +69,23 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out"), help="a new output folder")
     parser.add_argument("--seed", type=_seed, default=TRAIN.train.seed)
     parser.add_argument("--score", type=Path, metavar="WEIGHTS", help="only score this file")
+    parser.add_argument(
+        "--any-workers",
+        action="store_true",
+        help=f"train by another number of workers than {WORLD_SIZE}, to other weights",
+    )
     return parser.parse_args()
+
+
+def _require_all(ranks: Ranks, *, takes_any: bool) -> None:
+    """Refuse before the training what would make it another one, or useless at its end."""
+    if ranks.world_size != WORLD_SIZE and not takes_any:
+        raise UsageError(
+            f"{ranks.world_size} workers: the recorded weights are of {WORLD_SIZE}; start "
+            f"`torchrun --standalone --nproc_per_node={WORLD_SIZE}`, or add --any-workers"
+        )
+    kind = FINAL.final.compress
+    compress(b"", BESIDE if isinstance(kind, RangeCoder) else kind)  # fails where it is missing
 
 
 def _seed(text: str) -> int:
@@ -141,4 +161,5 @@ def _score(weights: Path, dataset: Dataset, ranks: Ranks) -> dict[str, Any]:
         "tokens": score.tokens,
         "bytes": score.bytes,
         "eval_clock_s": score.eval_clock_s,
+        "audit": "not done by this file",
     }

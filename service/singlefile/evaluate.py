@@ -9,16 +9,12 @@ import ast
 from typing import Any, Final
 
 from service.singlefile.annotations import Annotations
-from service.singlefile.bindings import arguments_of, assigned_in, is_simple
+from service.singlefile.bindings import assigned_in, names_in
 from service.singlefile.objects import (
-    built,
-    is_mapping,
+    OPEN,
     is_one,
     is_replace,
     is_spec,
-    items,
-    loosened,
-    made_value,
     replaced,
     widened,
 )
@@ -27,16 +23,11 @@ from service.singlefile.values import (
     ANYTHING,
     BOTH,
     Const,
-    Foreign,
     Instance,
-    Many,
-    Row,
     Value,
     compare,
     constant,
-    item_of,
     join,
-    part_of,
     truth,
     truths,
 )
@@ -44,7 +35,6 @@ from service.singlefile.world import (
     bases_of,
     definition_of,
     is_class,
-    is_known_class,
     line_of,
     qualname_of,
 )
@@ -56,7 +46,6 @@ _OPERATORS: Final = {
 # What is so whatever its class says: the reader of weights refuses every other kind before it does
 # anything else. Only where that is refused, in `stand_ins.open_own`, it is not so yet.
 _WEIGHTS_KIND: Final = ("trainer.finalize.artifact:_File", "kind")
-_ABSENT: Final = object()
 
 
 class Evaluator(Annotations):
@@ -86,16 +75,6 @@ class Evaluator(Annotations):
                 name = _OPERATORS[type(op)]
                 found = compare(self.value(left), self.value(right), name)
                 return truths(self._settled(found))
-            case ast.Tuple(elts=parts) if not any(isinstance(p, ast.Starred) for p in parts):
-                return frozenset([Row(tuple(self.value(part) for part in parts))])
-            case ast.List(elts=parts) if not any(isinstance(p, ast.Starred) for p in parts):
-                return frozenset([Many(join(self.value(part) for part in parts))])
-            case ast.ListComp(elt=item) | ast.GeneratorExp(elt=item) | ast.SetComp(elt=item):
-                return frozenset([Many(self.value(item))])
-            case ast.DictComp(value=item):
-                return frozenset([Many(self.value(item), is_mapping=True)])
-            case ast.Subscript():
-                return self._subscript(node)
             case ast.Call():
                 return self._call(node)
             case ast.NamedExpr(value=value):
@@ -130,13 +109,6 @@ class Evaluator(Annotations):
                 break
         return join(found)
 
-    def _subscript(self, node: ast.Subscript) -> Value:
-        base = self.value(node.value)
-        match node.slice:
-            case ast.Constant(value=int(index)) if index >= 0:
-                return part_of(base, index) if not is_mapping(base) else items(base)
-        return items(base)
-
     def _name_or_attribute(self, node: ast.Name | ast.Attribute) -> Value:
         meaning = self.meaning(node)
         if isinstance(meaning, Definition):
@@ -154,7 +126,7 @@ class Evaluator(Annotations):
         if node.value is None:  # the recipe, which the exporter writes
             assert isinstance(node, ast.AnnAssign)
             return inside.type_value(node.annotation)
-        return loosened(inside.value(node.value))
+        return inside.value(node.value)
 
     def _local(self, name: str) -> Value:
         question = ("local", id(self.function), name)
@@ -166,38 +138,13 @@ class Evaluator(Annotations):
         finally:
             self.busy = before
 
-    def _bound(self, kind: str, node: Any, path: tuple[int, ...]) -> Value:
-        """Return what one binding gives a name; `path` leads through an unpacked tuple."""
+    def _bound(self, kind: str, node: Any) -> Value:
+        """Return what one binding gives a name."""
         if kind == "self":
             return ANYTHING if self.owner is None else self.objects_of(self.owner)
-        if kind == "parameter":
-            return self._parameter(node)
         if kind == "type":
             return self.type_value(node)
-        if kind == "unknown":
-            return ANYTHING
-        value = self.value(node)
-        if kind == "each":
-            value = item_of(value)
-        for index in path:
-            value = part_of(value, index)
-        return loosened(value) if kind == "value" else value
-
-    def _parameter(self, argument: ast.arg) -> Value:
-        if argument.arg in self.told:
-            return self.told[argument.arg]
-        declared = self.type_value(argument.annotation) if argument.annotation else ANYTHING
-        if self.owner is not None or self.function is None:
-            return declared
-        own = (*self.function.args.posonlyargs, *self.function.args.args)
-        if argument not in (*own, *self.function.args.kwonlyargs):
-            return declared
-        function = f"{self.module.name}:{self.function.name}"
-        if function in self.world.handed_on:
-            return declared
-        given = self.world.arguments.get((function, argument.arg), frozenset())
-        holds = given is None or any(isinstance(atom, Many) for atom in given)
-        return declared if holds else given
+        return self.value(node) if kind == "value" else ANYTHING
 
     def attribute(self, base: Value, name: str) -> Value:
         """Return what an attribute of a value may be."""
@@ -210,8 +157,6 @@ class Evaluator(Annotations):
                     parts.append(self._of_known(object_, name))
                 case Instance(owner=owner):
                     parts.append(self._of_instance(definition_of(owner), name))
-                case Foreign():
-                    parts.append(frozenset([Foreign()]))
                 case Const(value=None):  # the checker has it that this is not asked of None
                     continue
                 case _:
@@ -222,10 +167,9 @@ class Evaluator(Annotations):
         owner = qualname_of(type(object_))
         if owner in self.world.open_classes or (owner, name) in self.world.open_fields:
             return ANYTHING
-        is_field = name in object_.__dataclass_fields__
-        if is_field or isinstance(getattr(type(object_), name, None), property):
+        if name in object_.__dataclass_fields__:
             return constant(getattr(object_, name))
-        return ANYTHING
+        return self._of_instance(definition_of(owner), name)
 
     def _of_instance(self, definition: Definition, name: str) -> Value:
         owner = definition.qualname
@@ -234,31 +178,24 @@ class Evaluator(Annotations):
         question = ("attribute", owner, name)
         if question in self.busy:
             return ANYTHING
-        for each in line_of(definition):
-            found = self._declared(each, name, question)
-            if found is not _ABSENT:
-                return found
-        return ANYTHING
-
-    def _declared(self, definition: Definition, name: str, question: Any) -> Any:
-        """Return what a class says of its attribute, or _ABSENT."""
-        assert isinstance(definition.node, ast.ClassDef)
         found: list[Value] = []
-        for node in definition.node.body:
-            match node:
-                case ast.AnnAssign(target=ast.Name(id=target)) if target == name:
-                    return self.inside(definition.module).type_value(node.annotation)
-                case ast.FunctionDef(name=target) if target == name:
-                    return self._property(definition, node, question)
-        for method, value in assigned_in(definition.node).get(name, ()):
-            inside = self.inside(definition.module, method, definition, question)
-            if isinstance(value, ast.AnnAssign):
-                found.append(inside.type_value(value.annotation))
-            else:
-                found.append(
-                    widened(inside.value(value)) if isinstance(value, ast.expr) else ANYTHING
-                )
-        return join(found) if found else _ABSENT
+        for each in line_of(definition):
+            assert isinstance(each.node, ast.ClassDef)
+            for node in each.node.body:
+                match node:
+                    case ast.AnnAssign(target=ast.Name(id=target)) if target == name:
+                        return self.inside(each.module).type_value(node.annotation)
+                    case ast.FunctionDef(name=target) if target == name:
+                        return self._property(each, node, question)
+                    case ast.Assign() if name in names_in(node):
+                        return ANYTHING
+            for method, value in assigned_in(each.node).get(name, ()):
+                inside = self.inside(each.module, method, each, question)
+                if isinstance(value, ast.AnnAssign):
+                    return inside.type_value(value.annotation)
+                is_whole = isinstance(value, ast.expr)
+                found.append(widened(inside.value(value)) if is_whole else ANYTHING)
+        return join(found) if found and name not in self.world.stored else ANYTHING
 
     def _property(self, definition: Definition, node: ast.FunctionDef, question: Any) -> Value:
         names = [each.id for each in node.decorator_list if isinstance(each, ast.Name)]
@@ -277,114 +214,38 @@ class Evaluator(Annotations):
                 return truths(self.is_instance(node.args[0], node.args[1]))
             case ast.Name(id="bool") if len(node.args) == 1:
                 return truths(self.truth(node.args[0]))
-            case ast.Name(id="list" | "sorted" | "tuple" | "reversed" | "iter") if node.args:
-                return frozenset([Many(item_of(self.value(node.args[0])))])
-            case ast.Name(id="enumerate") if node.args:
-                item = item_of(self.value(node.args[0]))
-                return frozenset([Many(frozenset([Row((ANYTHING, item))]))])
-            case ast.Name(id="zip"):
-                items = tuple(item_of(self.value(part)) for part in node.args)
-                return frozenset([Many(frozenset([Row(items)]))])
         meaning = self.meaning(node.func)
-        if isinstance(meaning, External):
-            return self._external_call(meaning, node)
-        if isinstance(meaning, Definition):
-            return self._own_call(meaning, node)
-        if isinstance(node.func, ast.Attribute):
-            return self._method_call(self.value(node.func.value), node.func.attr, node)
-        return ANYTHING
-
-    def _external_call(self, meaning: External, node: ast.Call) -> Value:
-        if is_replace(meaning) and node.args:
+        if is_replace(meaning):
             objects, unknown = self.replaced(node)
             # A field that is not known is open from then on, whatever else the object is.
-            return ANYTHING if "*" in unknown else made_value(objects)
-        return ANYTHING
-
-    def _own_call(self, meaning: Definition, node: ast.Call) -> Value:
-        if is_known_class(meaning):
-            objects = self.built(meaning, node)
-            return ANYTHING if objects is None else made_value(objects)
+            return ANYTHING if OPEN in unknown else join(map(constant, objects))
+        if not isinstance(meaning, Definition):
+            return ANYTHING
         if is_class(meaning):
             return self.objects_of(meaning)
-        simple = self._simple_call(meaning, node)
-        return self._returned(meaning, meaning.node) if simple is None else simple
+        if isinstance(meaning.node, ast.FunctionDef):
+            return self.inside(meaning.module).type_value(meaning.node.returns)
+        return ANYTHING
 
     def replaced(self, node: ast.Call) -> tuple[list[Any], set[str]]:
         """Return the specs that a call of `replace` makes, and its fields that are not known."""
         return replaced(self.value(node.args[0]), self._keywords(node))
 
-    def built(self, meaning: Definition, node: ast.Call) -> list[Any] | None:
-        """Return the specs that a call of their class makes, None where it may make others."""
-        return None if node.args else built(meaning, self._keywords(node))
-
     def _keywords(self, node: ast.Call) -> dict[str, Value]:
-        return {keyword.arg or "*": self.value(keyword.value) for keyword in node.keywords}
-
-    def _simple_call(self, meaning: Definition, node: ast.Call) -> Value:
-        """Return what a function that only returns gives, told what this call tells it."""
-        function = meaning.node
-        if not isinstance(function, ast.FunctionDef) or not is_simple(function):
-            return ANYTHING
-        given = arguments_of(function, node)
-        question = ("call", meaning.qualname)
-        if given is None or question in self.busy:
-            return ANYTHING
-        inside = self.inside(meaning.module, function, busy=question)
-        inside.told = {name: self.value(value) for name, value in given.items()}
-        result = function.body[-1]
-        assert isinstance(result, ast.Return)
-        return ANYTHING if result.value is None else inside.value(result.value)
-
-    def _returned(self, definition: Definition, node: ast.stmt) -> Value:
-        if not isinstance(node, ast.FunctionDef) or node.returns is None:
-            return ANYTHING
-        return self.inside(definition.module).type_value(node.returns)
-
-    def _method_call(self, base: Value, name: str, node: ast.Call) -> Value:
-        if name == "import_module":
-            return frozenset([Foreign()])
-        if base is None:
-            return ANYTHING
-        parts: list[Value] = []
-        for atom in base:
-            match atom:
-                case Instance(owner=owner):
-                    parts.append(self._method_of(definition_of(owner), name))
-                case Const(value=object_) if is_spec(object_):
-                    parts.append(self._method_of_known(object_, name, node))
-                case Many(item=item, is_mapping=True) if name == "values":
-                    parts.append(frozenset([Many(item)]))
-                case Many(item=item, is_mapping=True) if name == "items":
-                    parts.append(frozenset([Many(frozenset([Row((ANYTHING, item))]))]))
-                case _:
-                    return ANYTHING
-        return join(parts)
-
-    def _method_of(self, definition: Definition, name: str) -> Value:
-        for each in line_of(definition):
-            assert isinstance(each.node, ast.ClassDef)
-            for node in each.node.body:
-                if isinstance(node, ast.FunctionDef) and node.name == name:
-                    return self._returned(each, node)
-        return ANYTHING
-
-    def _method_of_known(self, object_: Any, name: str, node: ast.Call) -> Value:
-        """Call a spec's own method where it is told nothing: specs are pure."""
-        if node.args or node.keywords or not self.world.is_closed(object_):
-            return ANYTHING
-        method = getattr(object_, name, None)
-        return constant(method()) if callable(method) else ANYTHING
+        return {keyword.arg or OPEN: self.value(keyword.value) for keyword in node.keywords}
 
     def is_instance(self, node: ast.expr, classes: ast.expr) -> frozenset[bool]:
         """Return what isinstance may say."""
         value = self.value(node)
         found: set[bool] = set()
         kinds = self.classes_in(classes)
-        if all(isinstance(k, Definition) and k.qualname not in self.world.made for k in kinds):
+        if all(isinstance(each, Definition) and self._is_never(each) for each in kinds):
             return frozenset([False])
         if value is None:
             return BOTH
         for atom in value:
             found |= is_one(atom, kinds)
         return self._settled(frozenset(found))
+
+    def _is_never(self, definition: Definition) -> bool:
+        return is_class(definition) and self.objects_of(definition) == frozenset()

@@ -48,7 +48,10 @@ def _suffixed(definition: Definition) -> str:
 
 def check_names(source: str) -> None:
     """Raise ExportError for a name that nothing in the file binds."""
-    compile(source, "train_gpt.py", "exec")
+    try:
+        compile(source, "train_gpt.py", "exec")
+    except SyntaxError as error:
+        raise ExportError(f"train_gpt.py, line {error.lineno}: {error.msg}") from error
     table = symtable.symtable(source, "train_gpt.py", "exec")
     bound = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
     bound |= {s.get_name() for s in table.get_symbols() if s.is_namespace()}

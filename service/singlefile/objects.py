@@ -1,9 +1,8 @@
 """What can be told of values without looking at code: instances, parts, and specs that are made."""
 
 import builtins
-import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from itertools import product
 from typing import Any, Final
 
@@ -14,13 +13,9 @@ from service.singlefile.values import (
     Atom,
     Const,
     Instance,
-    Many,
     Value,
-    constant,
-    item_of,
-    join,
 )
-from service.singlefile.world import definition_of, line_of, qualname_of
+from service.singlefile.world import definition_of, is_class, is_protocol, line_of, qualname_of
 
 OPEN: Final = "*"
 
@@ -30,22 +25,26 @@ def is_spec(value: Any) -> bool:
     return is_dataclass(value) and not isinstance(value, type)
 
 
+def owner_of(atom: Atom) -> str | None:
+    """Return the class of ours that a value is an object of, by its qualified name."""
+    if isinstance(atom, Instance):
+        return atom.owner
+    return qualname_of(type(atom.value)) if is_spec(atom.value) else None
+
+
 def is_one(atom: Atom, kinds: Sequence[Definition | External | str]) -> frozenset[bool]:
     """Return whether an atom is an object of one of these classes."""
     unsure = False
     for kind in kinds:
         match atom, kind:
-            case Const(value=value), Definition():
-                if is_spec(value) and qualname_of(type(value)) == kind.qualname:
+            case ((Const() | Instance()), Definition()):
+                owner = owner_of(atom)
+                if owner is not None and kind in line_of(definition_of(owner)):
                     return frozenset([True])
+                unsure |= not is_class(kind) or is_protocol(kind)
             case Const(value=value), str() if hasattr(builtins, kind):
                 if isinstance(value, getattr(builtins, kind)):
                     return frozenset([True])
-            case Instance(owner=owner), Definition():
-                if kind in line_of(definition_of(owner)):
-                    return frozenset([True])
-                # An object of a class that derives from its own may be of the asked one.
-                unsure |= any(each.qualname == owner for each in line_of(kind))
             case Const(value=value), External() if is_spec(value):
                 continue
             case _:
@@ -53,36 +52,12 @@ def is_one(atom: Atom, kinds: Sequence[Definition | External | str]) -> frozense
     return BOTH if unsure else frozenset([False])
 
 
-def items(base: Value) -> Value:
-    """Return what taking some part of a value gives."""
-    if base is None:
-        return ANYTHING
-    if is_mapping(base):
-        return join(atom.item for atom in base if isinstance(atom, Many))
-    return item_of(base)
-
-
-def is_mapping(base: Value) -> bool:
-    """Whether a value is a mapping, whichever of its atoms it is."""
-    return bool(base) and all(isinstance(atom, Many) and atom.is_mapping for atom in base or ())
-
-
-def loosened(value: Value) -> Value:
-    """Return a value as a name is bound to it: what it holds may be changed from then on."""
-    if value is None:
-        return ANYTHING
-    return frozenset(
-        Many(ANYTHING, atom.is_mapping) if isinstance(atom, Many) else atom for atom in value
-    )
-
-
 def widened(value: Value) -> Value:
     """Return a value as an attribute is bound to it: others may set another plain one."""
-    loose = loosened(value)
-    if loose is None:
+    if value is None:
         return ANYTHING
-    plain = [a for a in loose if isinstance(a, Const) and isinstance(a.value, str | float | int)]
-    return ANYTHING if plain else loose
+    plain = [a for a in value if isinstance(a, Const) and isinstance(a.value, str | float | int)]
+    return ANYTHING if plain else value
 
 
 def constants(value: Value) -> list[Any] | None:
@@ -107,25 +82,7 @@ def replaced(base: Value, given: Mapping[str, Value]) -> tuple[list[Any], set[st
     return made, set(given) - set(known)
 
 
-def built(definition: Definition, given: Mapping[str, Value]) -> list[Any] | None:
-    """Return the specs that a constructor makes, None where it may make others."""
-    cls: Any = getattr(importlib.import_module(definition.module.name), definition.name)
-    known = {name: constants(value) for name, value in given.items()}
-    names = {each.name for each in fields(cls)}
-    if any(name not in names or found is None for name, found in known.items()):
-        return None
-    columns = [found for found in known.values() if found is not None]
-    return [cls(**dict(zip(known, values, strict=True))) for values in product(*columns)]
-
-
-def made_value(objects: Sequence[Any]) -> Value:
-    """Return the value that may be any of these objects."""
-    return join(constant(each) for each in objects)
-
-
 def is_replace(meaning: Meaning) -> bool:
     """Whether a name stands for the function that copies a dataclass with other fields."""
-    return isinstance(meaning, External) and (meaning.module, meaning.name) == (
-        "dataclasses",
-        "replace",
-    )
+    of = ("dataclasses", "replace")
+    return isinstance(meaning, External) and (meaning.module, meaning.name) == of

@@ -133,9 +133,13 @@ class Module:
         return self.name.rpartition(".")[2]
 
 
-@cache
+_MODULES: Final[dict[str, Module]] = {}
+
+
 def read_module(name: str) -> Module:
     """Read a module of ours; equal names give the same object."""
+    if name in _MODULES:
+        return _MODULES[name]
     package, *parts = name.split(".")
     place = files(package)
     for part in parts:
@@ -145,8 +149,9 @@ def read_module(name: str) -> Module:
 
 
 def parse_module(name: str, source: str) -> Module:
-    """Take a module's source apart."""
+    """Take a module's source apart; under its name it is known from then on."""
     module = Module(name, Text(source), ast.parse(source))
+    _MODULES[name] = module
     last: Definition | None = None
     for node in module.tree.body:
         last = _take(module, node, last)
@@ -173,6 +178,8 @@ def _take(module: Module, node: ast.stmt, last: Definition | None) -> Definition
         case _:
             module.effects.append(node)
             return None
+    if name in module.definitions:
+        raise ExportError(f"{module.name}, line {node.lineno}: {name} is defined a second time")
     made = Definition(module, name, node, module.text.lines_of(node))  # type: ignore[arg-type]
     module.definitions[name] = made
     return made

@@ -6,7 +6,7 @@ from enum import Enum
 from typing import Final, NamedTuple
 
 from service.singlefile.bindings import bound_in
-from service.singlefile.program import Definition
+from service.singlefile.program import Definition, ExportError
 from service.singlefile.types import annotate
 from service.singlefile.walk import Walk
 from service.singlefile.world import is_class
@@ -78,6 +78,11 @@ def _statement(walk: Walk, node: ast.stmt) -> Fate:
             walk_function(walk, node)
         case ast.Match():
             _match(walk, node)
+        case ast.Global() | ast.ClassDef() | ast.AsyncFunctionDef():
+            raise ExportError(
+                f"{walk.module.name}, line {node.lineno}: the exporter does not follow "
+                f"`{ast.unparse(node).splitlines()[0]}`"
+            )
         case ast.Import() | ast.ImportFrom():
             return Fate.GOES  # what it binds is at the top of the single file
         case ast.AnnAssign():
@@ -138,7 +143,6 @@ def _match(walk: Walk, node: ast.Match) -> None:
                 _matched(walk, each.cls)
                 for name in each.kwd_attrs:
                     walk.world.names.add(name)
-                    walk.world.reads.add(("*", name))
             elif isinstance(each, ast.MatchValue):
                 walk.expression(each.value)
         walk.expression(case.guard)

@@ -35,27 +35,7 @@ class Instance:
     owner: str
 
 
-@dataclass(frozen=True, slots=True)
-class Foreign:
-    """Something that holds no object of ours: a library."""
-
-
-@dataclass(frozen=True, slots=True)
-class Many:
-    """An iterable of such values; of a mapping its values."""
-
-    item: "Value"
-    is_mapping: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A tuple of known length."""
-
-    items: tuple["Value", ...]
-
-
-Atom = Const | Instance | Foreign | Many | Row
+Atom = Const | Instance
 Value = frozenset[Atom] | None  # None: anything
 ANYTHING: Final[Value] = None
 NONE: Final[Value] = frozenset([Const(None)])
@@ -82,44 +62,6 @@ def join(values: Iterable[Value]) -> Value:
     return frozenset(atoms) if len(atoms) <= MAX_ATOMS else ANYTHING
 
 
-def item_of(value: Value) -> Value:
-    """Return what iterating over a value gives."""
-    if value is None:
-        return ANYTHING
-    parts: list[Value] = []
-    for atom in value:
-        match atom:
-            case Many(item=item, is_mapping=False):
-                parts.append(item)
-            case Row(items=items):
-                parts += items
-            case Const(value=tuple(items)):
-                parts += [constant(item) for item in items]
-            case Const(value=None):  # the checker has it that this is not iterated
-                continue
-            case _:
-                return ANYTHING
-    return join(parts)
-
-
-def part_of(value: Value, index: int) -> Value:
-    """Return what taking one part of an unpacked value gives."""
-    if value is None:
-        return ANYTHING
-    parts: list[Value] = []
-    for atom in value:
-        match atom:
-            case Row(items=items) if index < len(items):
-                parts.append(items[index])
-            case Const(value=tuple(items)) if index < len(items):
-                parts.append(constant(items[index]))
-            case Many(item=item, is_mapping=False):
-                parts.append(item)
-            case _:
-                return ANYTHING
-    return join(parts)
-
-
 def truth(value: Value, has_length: Callable[[str], bool]) -> frozenset[bool]:
     """Return what a value's truth may be; of what nothing is known to become, nothing."""
     if value is None:
@@ -129,8 +71,6 @@ def truth(value: Value, has_length: Callable[[str], bool]) -> frozenset[bool]:
         match atom:
             case Const(value=object_):
                 found.add(True if is_dataclass(object_) else bool(object_))
-            case Row(items=items):
-                found.add(bool(items))
             case Instance(owner=owner) if not has_length(owner):
                 found.add(True)
             case _:

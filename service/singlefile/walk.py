@@ -5,7 +5,6 @@ Only such are touched as have no effect of their own: names, attributes, compari
 
 import ast
 import re
-from keyword import iskeyword
 from typing import Final
 
 from service.singlefile.bindings import bound_in
@@ -19,7 +18,9 @@ from service.singlefile.walker import Walker
 from service.singlefile.world import World, is_class, is_known_class
 
 _SCOPES: Final = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-_ATOMS: Final = (ast.Name, ast.Attribute, ast.Call, ast.Constant, ast.Tuple, ast.List)
+# What they set is not seen.
+_SETTERS: Final = {"setattr", "delattr", "globals", "vars", "exec", "eval"}
+_SETTER_ATTRIBUTES: Final = {"__setattr__", "__delattr__", "__dict__"}
 
 
 class Walk(Walker):
@@ -35,7 +36,7 @@ class Walk(Walker):
             case ast.Attribute(ctx=ast.Load()):
                 self._attribute(node)
             case ast.Attribute():
-                self.expression(node.value)
+                self._stored(node)
             case ast.Constant(value=str(text)):
                 if text.isidentifier():
                     self.world.names.add(text)
@@ -98,9 +99,19 @@ class Walk(Walker):
         if self.folds and self.is_pure(node) and self.evaluator.value(node) == constant(None):
             self.page.replace(*self.text.span(node), "None")
             return
+        if node.attr in _SETTER_ATTRIBUTES:
+            raise ExportError(f"{self.definition.qualname}: {node.attr} hides what it sets")
         self.world.names.add(node.attr)
-        self.note_read(node.value, node.attr)
         # A class that is only asked for what it is itself makes no objects.
+        self.expression(node.value)
+
+    def _stored(self, node: ast.Attribute) -> None:
+        """An attribute is set, or deleted: by its own object's method, or by whoever has it."""
+        if self.meaning(node) is not None:
+            where = self.definition.qualname
+            raise ExportError(f"{where}: {ast.unparse(node)} is set from outside")
+        if not isinstance(node.value, ast.Name) or node.value.id != "self" or not self.is_method:
+            self.world.stored.add(node.attr)
         self.expression(node.value)
 
     def _f_string(self, node: ast.JoinedStr) -> None:
@@ -142,9 +153,7 @@ class Walk(Walker):
             return
         kept = node.body if holds else node.orelse
         start, stop = self.text.span(node)
-        piece = self._operand(kept, (start, stop))
-        start, stop = self._around(start, stop, kept, len(piece) > 1)
-        self.page.replace(start, stop, *piece)
+        self.page.replace(start, stop, *self._operand(kept, (start, stop)))
         self.expression(kept)
 
     def _operand(
@@ -167,27 +176,8 @@ class Walk(Walker):
         needs = "\n" in source[start:stop] or isinstance(node, ast.NamedExpr)
         return ("(", (start, stop), ")") if needs else ((start, stop),)
 
-    def _around(self, start: int, stop: int, kept: ast.expr, is_wrapped: bool) -> tuple[int, int]:
-        """Widen a stretch by parentheses that what is left of it does not need."""
-        source = self.text.source
-        before, after = start - 1, stop
-        while source[before].isspace():
-            before -= 1
-        while after < len(source) and source[after].isspace():
-            after += 1
-        if source[before] != "(" or source[after : after + 1] != ")" or is_wrapped:
-            return start, stop
-        led = source[:before].rstrip(" ")
-        word = re.search(r"\w*$", led)
-        is_call = led[-1:] in (")", "]") or (word and word[0] and not iskeyword(word[0]))
-        if is_call or not isinstance(kept, _ATOMS):
-            return start, stop
-        return before, after + 1
-
     def _logic(self, node: ast.BoolOp) -> None:
         """Leave out what is sure to let the next one decide; stop at what is sure to decide."""
-        if self._is_literal_value(node):
-            return
         ends = isinstance(node.op, ast.Or)
         kept: list[ast.expr] = []
         for part in node.values:
@@ -210,17 +200,6 @@ class Walk(Walker):
         for part in kept:
             self.expression(part)
 
-    def _is_literal_value(self, node: ast.expr) -> bool:
-        """Replace what is sure to be None, True or False by that."""
-        if not self.folds or not self.is_pure(node):
-            return False
-        value = self.evaluator.value(node)
-        for sure in (None, True, False):
-            if value == constant(sure):
-                self.page.replace(*self.text.span(node), str(sure))
-                return True
-        return value == frozenset()
-
     def _call(self, node: ast.Call) -> None:
         if isinstance(node.func, ast.Name) and node.func.id == "isinstance":
             if self._is_literal(node):
@@ -228,10 +207,8 @@ class Walk(Walker):
             self.expression(node.args[0])
             self.classes(node.args[1])
             return
-        if isinstance(node.func, ast.Name) and node.func.id == "getattr":
-            is_name = isinstance(node.args[1], ast.Constant)
-            if not is_name and ast.unparse(node.args[1]) not in ("f.name", "each.name"):
-                self.note_read(node.args[0], None)
+        if isinstance(node.func, ast.Name) and node.func.id in _SETTERS:
+            raise ExportError(f"{self.definition.qualname}: {node.func.id} hides what it sets")
         meaning = self.meaning(node.func)
         if meaning is None or not isinstance(node.func, ast.Name | ast.Attribute):
             self.expression(node.func)

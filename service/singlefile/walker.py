@@ -4,13 +4,11 @@ import ast
 from functools import cache
 from typing import Final
 
-from service.singlefile.bindings import is_simple
 from service.singlefile.edits import Page
 from service.singlefile.evaluate import Evaluator
-from service.singlefile.objects import is_spec
-from service.singlefile.program import Definition, External, Meaning
-from service.singlefile.values import Const, Foreign, Instance
-from service.singlefile.world import World, is_class, is_known_class, line_of, qualname_of
+from service.singlefile.objects import is_replace
+from service.singlefile.program import Definition, ExportError, External, Meaning
+from service.singlefile.world import World, is_class, is_known_class
 
 _PURE_CALLS: Final = {"isinstance", "len", "bool", "type"}
 
@@ -35,6 +33,7 @@ class Walker:
         own = definition.node if isinstance(definition.node, ast.FunctionDef) else method
         owner = definition if method is not None else None
         self.evaluator = Evaluator(world, self.module, own, owner)
+        self.is_method = method is not None
         self.scopes: list[set[str]] = []
         self.folds = own is None or not _yields(own)
         """Whether anything is cut: not in a generator, which it could cease to be."""
@@ -49,15 +48,14 @@ class Walker:
     def use(self, meaning: Meaning, *, is_called: bool = False) -> None:
         """Need a name's meaning as a value: of a class there are objects from now on."""
         self.need(meaning)
+        if not is_called and is_replace(meaning):
+            raise ExportError(f"{self.definition.qualname}: `replace` is handed on, not called")
         if not isinstance(meaning, Definition):
             return
-        if is_known_class(meaning):
-            if not is_called:
+        if is_class(meaning) and not (is_known_class(meaning) and is_called):
+            self.world.make(meaning)
+            if is_known_class(meaning):
                 self.world.open_classes.add(meaning.qualname)
-        elif is_class(meaning):
-            self.world.made |= {each.qualname for each in line_of(meaning)}
-        elif isinstance(meaning.node, ast.FunctionDef) and not is_called:
-            self.world.handed_on.add(meaning.qualname)
 
     def name_of(self, definition: Definition) -> str:
         """What a definition is called in the single file."""
@@ -99,36 +97,7 @@ class Walker:
         return True
 
     def _is_pure_call(self, node: ast.Call) -> bool:
-        if isinstance(node.func, ast.Attribute):
-            base = self.evaluator.value(node.func.value)
-            return bool(base) and all(
-                isinstance(atom, Const) and is_spec(atom.value) for atom in base or ()
-            )
-        if not isinstance(node.func, ast.Name):
-            return False
-        meaning = self.meaning(node.func)
-        if isinstance(meaning, Definition) and isinstance(meaning.node, ast.FunctionDef):
-            return is_simple(meaning.node) and not any(
-                isinstance(each, ast.Call | ast.NamedExpr) for each in ast.walk(meaning.node)
-            )
-        return node.func.id in _PURE_CALLS
-
-    def note_read(self, base: ast.expr, name: str | None) -> None:
-        """Note that a field is read, of the specs that the value may be; None: any field."""
-        value = self.evaluator.value(base)
-        if value is None:
-            self.world.reads.add(("*", name or "*"))
-            return
-        for atom in value:
-            match atom:
-                case Const(value=object_) if is_spec(object_):
-                    self.world.reads.add((qualname_of(type(object_)), name or "*"))
-                case Instance(owner=owner):
-                    self.world.reads.add((owner, name or "*"))
-                case Foreign() | Const():
-                    pass
-                case _:
-                    self.world.reads.add(("*", name or "*"))
+        return isinstance(node.func, ast.Name) and node.func.id in _PURE_CALLS
 
 
 @cache

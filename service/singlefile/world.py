@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Final
 
 from service.singlefile.program import Definition, External, Meaning, meaning_of, read_module
-from service.singlefile.values import Const, Value, join
+from service.singlefile.values import Const
 from trainer.blueprint import blueprint
 from trainer.specs.model import ModelSpec
 from trainer.specs.task import FinalTask, TrainTask
@@ -32,18 +32,16 @@ class World:
     open_classes: set[str] = field(default_factory=set)
     open_fields: set[tuple[str, str]] = field(default_factory=set)
     """What running code may set to anything."""
-    made: set[str] = field(default_factory=set)
-    """Classes that live code makes objects of or hands on, and what they derive from."""
+    made: dict[str, set[str]] = field(default_factory=dict)
+    """Classes that live code makes objects of or hands on, by each that they derive from."""
+    stored: set[str] = field(default_factory=set)
+    """Attributes that live code sets from outside of their class."""
     live: dict[str, Definition] = field(default_factory=dict)
     externals: set[External] = field(default_factory=set)
     handed_on: set[str] = field(default_factory=set)
-    """Functions that are used other than by calling them by name."""
-    arguments: dict[tuple[str, str], Value] = field(default_factory=dict)
-    """What is handed to a function's parameter, by all calls of it."""
+    """Tables of classes that are used other than by asking them for an object's."""
     names: set[str] = field(default_factory=set)
     """Attributes that live code reads, and strings that may name one."""
-    reads: set[tuple[str, str]] = field(default_factory=set)
-    """Fields of specs that live code reads."""
     wanted_defaults: set[tuple[str, str]] = field(default_factory=set)
     is_patient: bool = True
     """Whether code waits that works on what nobody has made yet."""
@@ -62,32 +60,22 @@ class World:
             if Const(value) in self.known.setdefault(owner, set()):
                 continue
             self.known[owner].add(Const(value))
-            self.made.add(owner)
+            self.make(definition_of(owner))
             self.learn(getattr(value, each.name) for each in fields(value))
             if isinstance(value, ModelSpec):
                 self.learn([value.exported(), blueprint(value)])
 
     def measure(self) -> int:
         """Return a number that grows with all that is known."""
-        parts = (self.open_classes, self.open_fields, self.made, self.live, self.externals,
-                 self.handed_on, self.names, self.reads, self.wanted_defaults)  # fmt: skip
-        given = sum(1000 if v is None else 1 + len(v) for v in self.arguments.values())
-        return sum(map(len, parts)) + sum(map(len, self.known.values())) + given
+        parts = (self.open_classes, self.open_fields, self.stored, self.live, self.externals,
+                 self.handed_on, self.names, self.wanted_defaults)  # fmt: skip
+        groups = (*self.known.values(), *self.made.values())
+        return sum(map(len, parts)) + sum(map(len, groups))
 
-    def hand(self, function: str, name: str, value: Value) -> None:
-        """Note what a call hands to a parameter."""
-        key = (function, name)
-        self.arguments[key] = join([self.arguments.get(key, frozenset()), value])
-
-    def is_closed(self, value: Any) -> bool:
-        """Whether nothing sets a field of a spec, or of what it holds, to anything else."""
-        if isinstance(value, tuple):
-            return all(map(self.is_closed, value))
-        if not is_dataclass(value) or isinstance(value, type):
-            return True
-        owner = qualname_of(type(value))
-        is_open = owner in self.open_classes or any(owner == each for each, _ in self.open_fields)
-        return not is_open and all(self.is_closed(getattr(value, f.name)) for f in fields(value))
+    def make(self, definition: Definition) -> None:
+        """Note that there are objects of a class of ours."""
+        for each in line_of(definition):
+            self.made.setdefault(each.qualname, set()).add(definition.qualname)
 
     def kind_of_weights(self) -> str:
         """The only kind of weights file that the single file reads."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from service.singlefile.cut import Cut, classes_of, packages_of
+from service.singlefile.cut import Cut
 from trainer.finalize.code import minify
 from trainer.runtime.files import write_text
 from trainer.specs.task import FinalTask, TrainTask
@@ -30,33 +30,32 @@ if __name__=="__main__":
 class SingleFile:
     """What was written: the packed file, which is what counts, and the source that it holds.
 
-    `classes` are in it, `left_out` those of the trainer that the recipe does not reach. `packages`
-    are those that it imports beside the standard library.
+    `packages` are those that it needs beside the standard library.
     """
 
     path: Path
     source_path: Path
     num_bytes: int
-    classes: tuple[str, ...]
-    left_out: tuple[str, ...]
     packages: tuple[str, ...]
 
 
-def write_single_file(train: TrainTask, final: FinalTask, folder: Path) -> SingleFile:
+def write_single_file(
+    train: TrainTask, final: FinalTask, folder: Path, world_size: int
+) -> SingleFile:
     """Write `train_gpt.py` and `source/train_gpt.py` into `folder`.
 
-    The file trains what the tasks say from step 0, finalizes it and scores what it wrote. On a CPU
+    The file trains what the tasks say from step 0, finalizes it and scores what it wrote; by
+    another number of workers than `world_size` it trains only if it is told that it may. On a CPU
     it leaves the bytes that the trainer leaves. Equal tasks and sources give equal bytes with one
     version of liblzma. ExportError if the trainer's sources cannot be cut so.
     """
-    cut = Cut(_alone(train, final), final)
+    cut = Cut(_alone(train, final), final, world_size)
     source = cut.text()
     source_path, path = folder / SOURCE_FOLDER / CODE_FILE, folder / CODE_FILE
     write_text(source_path, source)
     packed = pack(source)
     write_text(path, packed)
-    there, left_out = classes_of(cut)
-    return SingleFile(path, source_path, len(packed.encode()), there, left_out, packages_of(cut))
+    return SingleFile(path, source_path, len(packed.encode()), cut.packages)
 
 
 def pack(source: str) -> str:

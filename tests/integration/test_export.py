@@ -227,6 +227,9 @@ def test_weights_of_another_seed_and_a_failed_rule_are_named(alone: Path, home: 
     assert f"sheet_seed{seed}.json: audit coverage: claimed legal, found fail" in done.out
 
 
+LAST_STEP = '{"step": 6, "at": 3.5, "train/loss": 3.7379, "train/clock_s": 0.075}'
+
+
 def lie(folder: Path) -> str:
     """Write the whole record anew from a sheet with a better score than its weights have; return
     the sheet's name."""
@@ -240,7 +243,7 @@ def lie(folder: Path) -> str:
     people = By(**{key: said[key] for key in ("author", "github_id", "name", "blurb", "date")})
     left_out = {int(key): score for key, score in said["seeds_left_out"].items()}
     record = Record((entry,), people, said["bytes_code"], left_out)
-    (folder / log_name(seed)).write_text(log_text(record, entry, []))
+    (folder / log_name(seed)).write_text(log_text(record, entry, [LAST_STEP]))
     (folder / "README.md").write_text(readme_of(record))
     hashes = {name: sha256_file(folder / name) for name in record.hashed_names}
     (folder / "submission.json").write_text(json.dumps(claims_of(record, hashes)))

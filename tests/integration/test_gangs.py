@@ -16,6 +16,7 @@ from service.trials import call
 from tests.gang_desk import RESOURCES, Desk, assert_same_bits, open_pool, until, workers
 from trainer.codec import dump
 from trainer.data.shards import Dataset
+from trainer.runtime.files import read_json, write_json
 from trainer.specs.task import Departure
 
 # Ray and its workers start slowly where the cores are busy with other work.
@@ -118,6 +119,24 @@ def test_a_judged_training_stops_on_all_ranks_and_the_rung_is_recorded(
     assert (rung["event"], rung["training"], rung["step"]) == ("rung", "judged", 4)
     assert rung["verdict"] == "stop"
     assert not (desk.store / "judged" / "result.json").exists()
+
+
+def test_a_training_that_another_machine_began_is_told_with_both(
+    desk: Desk, undisturbed: dict[str, Any]
+):
+    began = desk.job("began", observe__validate_every=4)
+    desk.run(began)  # judged, and stopped after a checkpoint
+    told(desk.pool)
+    facts = desk.store / "began" / "facts.json"
+    write_json(facts, {**read_json(facts), "torch": "2.9.1"})
+
+    outcome = desk.run(desk.job("goes-on") | {"folder": began["folder"]})
+
+    found = read_json(facts)
+    assert outcome["state"] == "succeeded"
+    assert desk.result("began")["steps_computed"] < desk.result("began")["steps"]
+    assert found["torch"] == "2.9.1"
+    assert [each["torch"] for each in found["resumed"]] == [torch.__version__]
 
 
 def test_a_killed_caller_finds_its_job_under_way_and_it_is_done_once(

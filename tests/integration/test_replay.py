@@ -2,21 +2,27 @@
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from service import report
 from service.cli import app
+from service.facts import ROOT
 from service.paths import Paths
-from service.references import find_sheet
-from service.sheet import Sheet, read_sheet, sheet_document, write_sheet
+from service.replay_run import sheet_of_run
+from service.sheet import Sheet, read_sheet, sheet_document
 from tests.scored import Scored, scored_home
 from trainer.codec import to_yaml
-from trainer.errors import UsageError
+from trainer.errors import BackendError, UsageError
 from trainer.runtime.files import sha256_file, write_text
 
 # Two warmdowns leave one trunk: what is replayed from step 0 was trained from its state.
@@ -41,7 +47,7 @@ def sheet(home: Scored) -> Sheet:
     return read_sheet(home.sheet(home.finals()[0]))
 
 
-def replay(home: Path, *words: object) -> subprocess.CompletedProcess[str]:
+def replay(home: Path, *words: object, code: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """The real command line, on a home of its own."""
     command = [sys.executable, "-m", "service", "replay", *map(str, words)]
     return subprocess.run(
@@ -49,7 +55,8 @@ def replay(home: Path, *words: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        cwd=code,
+        env={**os.environ, "PYTHONPATH": str(code)},
     )
 
 
@@ -70,22 +77,88 @@ def edited(sheet: Sheet, place: Path, **facts: Any) -> Path:
     return place / "sheet.json"
 
 
-def test_a_replay_on_a_clean_home_gives_the_same_artifact(
-    home: Scored, sheet: Sheet, tmp_path: Path
-) -> None:
-    write_sheet(tmp_path / "sheet.json", sheet)
-    assert sheet.branch is not None  # it came from a trunk
+def cloned(place: Path) -> Path:
+    """The packages as somebody else has them: nothing of where the sweep ran."""
+    for name in ("service", "trainer", "tune_spaces"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, place / name, ignore=ignored)
+    return place
 
-    done = replay(
-        tmp_path / "clean", tmp_path, "--data", home.dataset.folder, "--keep", tmp_path / "kept"
-    )
+
+def test_a_replay_of_a_sweeps_best_on_a_clean_clone_gives_the_same_artifact(
+    home: Scored, tmp_path: Path
+) -> None:
+    best = report.best(home.view())
+    assert best is not None
+    place = Path("finals", best["final"])
+    bare = Paths(tmp_path / "bare")  # of all stages only what has been written about the best
+    shutil.copytree(home.paths.sweeps, bare.sweeps)
+    (bare.store / place).mkdir(parents=True)
+    shutil.copy(home.paths.store / place / "sheet.json", bare.store / place)
+    words = ["--data", home.dataset.folder, "--keep", tmp_path / "kept"]
+
+    done = replay(bare.home, "scored", *words, code=cloned(tmp_path / "clone"))
 
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
-    weights = Path("finals", sheet.final, "artifact", "weights.fw")
-    assert document["same"]
+    weights = place / "artifact" / "weights.fw"
+    assert (document["final"], document["same"]) == (best["final"], True)
     assert document["recorded"] == document["replayed"]
     assert sha256_file(tmp_path / "kept" / weights) == sha256_file(home.paths.store / weights)
+
+
+def test_an_allowed_other_compressor_goes_on_from_a_folder_with_a_sheet(
+    home: Scored, sheet: Sheet, tmp_path: Path
+) -> None:
+    edited(sheet, tmp_path, libzstd="1.5.5")
+    assert sheet.branch is not None  # it came from a trunk
+    words = ["--data", home.dataset.folder, "--allow", "libzstd"]
+
+    done = replay(tmp_path / "clean", tmp_path, *words)
+
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["same"]
+    assert [(each["name"], each["recorded"]) for each in document["allowed"]] == [
+        ("libzstd", "1.5.5 (final)")
+    ]
+
+
+def test_a_result_is_printed_though_mlflow_is_lost_on_the_way(
+    home: Scored, sheet: Sheet, tmp_path: Path
+) -> None:
+    database, kept = tmp_path / "mlflow.db", tmp_path / "kept"
+    uri = f"sqlite:///{database}"
+
+    def lose() -> None:
+        while not kept.exists():  # nothing is trained before the server has answered
+            time.sleep(0.05)
+        database.write_bytes(b"no database any more" * 100)
+
+    thread = threading.Thread(target=lose, daemon=True)
+    thread.start()
+    done = replay(home.paths.home, sheet.final, "--tracking-uri", uri, "--keep", kept)
+
+    thread.join()
+    assert done.returncode == BackendError.exit_code, done.stderr
+    assert json.loads(done.stdout)["same"]
+    assert "not_in_mlflow" in done.stderr
+
+
+def test_a_server_that_does_not_answer_is_told_before_anything_is_trained(
+    home: Scored, sheet: Sheet, tmp_path: Path
+) -> None:
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        words = ["--tracking-uri", uri, "--keep", str(tmp_path / "kept")]
+
+        done = CliRunner().invoke(
+            app, ["replay", sheet.final, *words, "--home", str(home.paths.home)]
+        )
+
+    assert isinstance(done.exception, BackendError)
+    assert not (tmp_path / "kept").exists()
 
 
 def test_one_changed_byte_in_the_data_refuses_by_file(
@@ -174,4 +247,4 @@ def test_a_replay_is_a_run_in_mlflow_and_can_be_replayed_from_there(
     assert run.data.tags["replay.of"] == sheet.final
     assert run.data.metrics["final/val_bpb"] == 1.5
     assert run.info.status == "FINISHED"
-    assert find_sheet(Paths(tmp_path), f"mlflow:{run_id}") == sheet
+    assert sheet_of_run(Paths(tmp_path), f"mlflow:{run_id}", None) == sheet

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import pytest
 
 from service.singlefile.write import write_single_file
 from tests import tiny
+from trainer.__main__ import main
 from trainer.codec import parse, read_recipe, to_yaml, with_values
 from trainer.data.shards import Dataset
-from trainer.specs.final import RangeCoder
+from trainer.specs.final import Brotli, Compress, Lzma, RangeCoder, Zlib
 from trainer.specs.recipe import Recipe
 from trainer.specs.task import final_task, train_task
 
@@ -82,10 +84,48 @@ def adapting_by_document() -> Recipe:
     return replace(plain, final=replace(plain.final, compress=RangeCoder()))
 
 
+# Every optional part of the model at once.
+RICH = {
+    "model.num_layers": 4,
+    "model.bigram": {"num_buckets": 32, "dim": 8},
+    "model.trigram": {"num_buckets": 16, "dim": 8},
+    "model.smear": {"kind": "v2", "width": 6},
+    "model.attention.xsa": {"last": 2},
+    "model.attention.shared_kv": {},
+    "model.attention.rope": {"dims": 4, "ntk_reference": 6},
+    "model.value_embedding": {"dim": 8, "last": 2},
+    "model.mlp": {"activation": {"kind": "swiglu"}},
+    "model.ln_scale": {"learned": True},
+    "model.dtg": {},
+    "model.unet": {"gate": {}},
+    "model.recurrence": {"first": 1, "last": 2},
+    "model.head": {},
+    "model.mtp": {"num_heads": 2},
+}
+QAT_NOW = {
+    "train.qat": {"mlp_bits": 6, "attention_bits": 5, "other_bits": 4, "scale": "tensor"},
+    "final.quantize.clip": "p5",
+    "final.quantize.clip_scope": "matrix",
+    "final.quantize.symmetric": False,
+}
+QAT_LATE_LR = {
+    "train.qat": {"mlp_bits": 6, "start": {"lr_scale": 0.5}},
+    "final.average": "swa",
+    "final.quantize.clip": "sd12",
+    "final.prune": {"larger_than": 100, "tables": True, "ratio": 0.2},
+}
+ORACLE = {"evaluate.ttt": {"kind": "oracle", "epochs": 1}}
+PARTS: dict[str, tuple[dict[str, Any], Compress | None]] = {
+    "rich": (RICH, Brotli()),
+    "qat-now": (QAT_NOW, Lzma()),
+    "qat-late-lr": (QAT_LATE_LR, Zlib()),
+    "oracle": (ORACLE, None),
+}
 CASES: dict[str, Callable[[], Recipe]] = {
     "tiny": lambda: shipped("tiny"),
     "baseline": lambda: shipped("baseline-tiny"),
     "pr414": lambda: shipped("pr414-tiny"),
+    "compile": lambda: tiny.recipe({"train.compile": True}),
     "gptq-sgd": adapting,
     "gptq-lora": adapting_by_document,
 }
@@ -114,8 +154,8 @@ def trained(recipe: Recipe, dataset: Dataset, folder: Path, *launcher: str) -> d
     return json.loads(done.stdout)
 
 
-def paired(recipe: Recipe, dataset: Dataset, folder: Path) -> Pair:
-    made = write_single_file(train_task(recipe), final_task(recipe), folder / "record")
+def paired(recipe: Recipe, dataset: Dataset, folder: Path, world_size: int = 1) -> Pair:
+    made = write_single_file(train_task(recipe), final_task(recipe), folder / "record", world_size)
     return Pair(folder, made.path, trained(recipe, dataset, folder))
 
 
@@ -147,6 +187,36 @@ def test_the_file_alone_leaves_the_weights_and_the_score_of_the_trainer(
     assert result["weights_sha256"] == pair.result["weights_sha256"]
     assert result["val_bpb"] == pair.result["score"]["val_bpb"]
     assert result["weights_bytes"] == pair.result["weights_bytes"]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_the_source_leaves_the_weights_and_the_score_of_the_trainer(
+    name: str,
+    tiny_dataset: Dataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values, compress = PARTS[name]
+    recipe = tiny.recipe(values)
+    if compress is not None:
+        recipe = replace(recipe, final=replace(recipe.final, compress=compress))
+    path, data = tmp_path / "recipe.yaml", ("--data", str(tiny_dataset.folder))
+    path.write_text(to_yaml(recipe), encoding="utf-8")
+    main([str(path), *data, "-o", str(tmp_path / "out")])
+    expected = json.loads(capsys.readouterr().out)
+    made = write_single_file(train_task(recipe), final_task(recipe), tmp_path, world_size=1)
+    words = [str(made.source_path), *data, "--out", str(tmp_path / "alone")]
+    monkeypatch.setattr(sys, "argv", words)
+
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(made.source_path), run_name="__main__")
+
+    assert ended.value.code == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["weights_sha256"] == expected["weights_sha256"]
+    assert result["val_bpb"] == expected["score"]["val_bpb"]
+    assert result["audit"] == "not done by this file"
 
 
 def test_what_counts_is_the_file_itself_beside_the_weights(plain: Pair, finished: Path) -> None:
@@ -197,7 +267,7 @@ def test_two_workers_train_under_torchrun_as_the_trainer_does(
 ) -> None:
     result = trained(tiny.recipe(), tiny_dataset, tmp_path, *TORCHRUN)
 
-    words = ("--data", tiny_dataset.folder, "--out", tmp_path / "alone")
+    words = ("--data", tiny_dataset.folder, "--out", tmp_path / "alone", "--any-workers")
     done = call(*TORCHRUN, plain.path, *words, cwd=tmp_path)
 
     assert done.returncode == 0, done.stderr
@@ -228,11 +298,40 @@ def test_a_file_says_in_one_line_what_it_cannot_do(
         assert len(done.stderr.splitlines()) == 1
 
 
+def test_another_number_of_workers_than_recorded_is_refused_in_one_line(
+    tiny_dataset: Dataset, tmp_path: Path
+) -> None:
+    recipe, data = tiny.recipe(), ("--data", tiny_dataset.folder)
+    made = write_single_file(train_task(recipe), final_task(recipe), tmp_path, world_size=2)
+
+    done = call(made.path, *data, "--out", tmp_path / "alone", cwd=tmp_path)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("1 workers: the recorded weights are of 2;")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "alone").exists()
+
+
+def test_a_missing_compressor_is_asked_for_before_the_training(
+    tiny_dataset: Dataset, tmp_path: Path
+) -> None:
+    plain = tiny.recipe()
+    recipe = replace(plain, final=replace(plain.final, compress=RangeCoder()))
+    made = write_single_file(train_task(recipe), final_task(recipe), tmp_path, world_size=1)
+    words = ("--data", tiny_dataset.folder, "--out", tmp_path / "alone")
+
+    done = call("-c", ALONE.replace('"yaml"', '"brotli"'), made.path, *words, cwd=tmp_path)
+
+    assert done.returncode == 2
+    assert "the brotli package is missing" in done.stderr
+    assert not (tmp_path / "alone").exists()
+
+
 def test_weights_of_another_model_are_refused(
     finished: Path, tiny_dataset: Dataset, tmp_path: Path
 ) -> None:
     other = tiny.recipe({"model.dim": 64})
-    made = write_single_file(train_task(other), final_task(other), tmp_path)
+    made = write_single_file(train_task(other), final_task(other), tmp_path, world_size=1)
 
     weights = finished / "artifact/weights.fw"
     done = call(made.path, "--data", tiny_dataset.folder, "--score", weights, cwd=tmp_path)

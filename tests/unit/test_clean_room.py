@@ -64,6 +64,71 @@ def test_a_program_reaches_no_network(has_namespace: bool, monkeypatch: pytest.M
     assert has_namespace or network() == "sockets refused"
 
 
+TRY = """\
+import os, socket, subprocess, sys
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+to = ("127.0.0.1", 9)
+ways = {
+    "connect": lambda: udp.connect(to),
+    "bind": lambda: udp.bind(to),
+    "sendto": lambda: udp.sendto(b"1", to),
+    "sendmsg": lambda: udp.sendmsg([b"1"], [], 0, to),
+    "getaddrinfo": lambda: socket.getaddrinfo("localhost", 80),
+    "getnameinfo": lambda: socket.getnameinfo(to, 0),
+    "gethostbyname": lambda: socket.gethostbyname("localhost"),
+    "Popen": lambda: subprocess.run(["true"]),
+    "system": lambda: os.system("true"),
+    "posix_spawn": lambda: os.posix_spawn("/bin/true", ["true"], {}),
+    "exec": lambda: os.execv("/bin/true", ["true"]),
+    "fork": lambda: os.fork(),
+}
+ways[sys.argv[1]]()
+"""
+
+
+WAYS = (
+    *("connect", "bind", "sendto", "sendmsg", "getaddrinfo", "getnameinfo", "gethostbyname"),
+    *("Popen", "system", "posix_spawn", "exec", "fork"),
+)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_socket_is_used_and_no_process_started(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clean_room, "_namespace", lambda: ())
+
+    done = CleanRoom(os.environ).run({"try.py": TRY.encode()}, ["try.py", way])
+
+    assert done.returncode == 1
+    assert "PermissionError: no " in done.stderr.splitlines()[-1]
+
+
+def test_a_program_without_an_end_is_ended() -> None:
+    endless = {"endless.py": b"while True: pass"}
+
+    with pytest.raises(TimeoutError, match="no end within 1 s"):
+        CleanRoom(os.environ).run(endless, ["endless.py"], timeout_s=1)
+    with pytest.raises(TimeoutError, match="no end within 1 s"):
+        CleanRoom(os.environ, max_s=1).run(endless, ["endless.py"])
+
+
+def test_a_program_on_a_cpu_gets_no_more_memory_than_is_allowed() -> None:
+    large = {"large.py": b"print(len(bytearray(2 << 30)))"}
+
+    done = CleanRoom(os.environ, max_bytes=1 << 30).run(large, ["large.py"])
+
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "MemoryError")
+
+
+def test_torch_works_in_the_room() -> None:
+    program = b"import torch; print(int(torch.ones(3).sum()))"
+
+    done = CleanRoom(os.environ).run({"sum.py": program}, ["sum.py"])
+
+    assert (done.stdout, done.stderr) == ("3\n", "")
+
+
 def test_a_program_that_fails_says_why_and_leaves_nothing(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 

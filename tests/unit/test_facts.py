@@ -1,5 +1,6 @@
 """The facts that a run records: what it was started from, and what it was computed with."""
 
+import hashlib
 import json
 import subprocess
 from dataclasses import asdict, replace
@@ -80,6 +81,54 @@ def test_the_diff_of_a_dirty_checkout_makes_its_commit_the_same_code(
     assert not (other / "notes.txt").exists()
 
 
+def test_where_git_fails_nothing_is_known_of_the_tree(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAIRWAY_GIT_DIRTY", "false")  # of an image, and this is none
+    (checkout / "trainer" / "run.py").write_text("a = 2\n")
+    (checkout / ".git" / "index").write_bytes(b"junk")
+
+    diff = dirty_diff(checkout)
+    facts = driver_facts(diff, checkout)
+
+    assert diff is None
+    assert facts.git_dirty is None
+    assert facts.git_commit is not None
+    assert facts.git_diff_sha256 is None
+
+
+def test_a_commit_that_git_cannot_tell_is_none(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAIRWAY_GIT_COMMIT", "9f1c2ab")
+    (checkout / ".git" / "HEAD").write_text("ref: refs/heads/gone\n")
+
+    assert driver_facts(dirty_diff(checkout), checkout).git_commit is None
+
+
+def test_files_that_git_does_not_know_are_all_in_the_diff(checkout: Path, tmp_path: Path) -> None:
+    names = ["empty.py", "grün.py", "two words.py"]
+    for name in names:
+        (checkout / "trainer" / name).write_text("" if name == "empty.py" else "b = 3\n")
+
+    diff = dirty_diff(checkout)
+
+    other = tmp_path / "other"
+    git(tmp_path, "clone", "-q", str(checkout), str(other))
+    git(other, "apply", text=diff)
+    assert {path.name for path in (other / "trainer").iterdir()} == {*names, "run.py"}
+
+
+def test_a_diff_that_would_leave_files_out_is_none(checkout: Path) -> None:
+    for number in range(201):
+        (checkout / "trainer" / f"new{number}.py").write_text("b = 3\n")
+
+    diff = dirty_diff(checkout)
+
+    assert diff is None
+    assert driver_facts(diff, checkout).git_dirty is True
+
+
 def test_the_lock_file_is_named_and_hashed(checkout: Path) -> None:
     before = driver_facts(None, checkout)
 
@@ -108,6 +157,38 @@ def test_an_image_says_what_it_was_built_from(
     assert len(facts.lock_sha256 or "") == 64
 
 
+def test_the_diff_of_an_image_is_the_file_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dirty.diff").write_bytes(b"--- a/trainer/run.py\n")
+    monkeypatch.setenv("FAIRWAY_GIT_COMMIT", "9f1c2ab")
+    monkeypatch.setenv("FAIRWAY_GIT_DIFF", str(tmp_path / "dirty.diff"))
+
+    diff = dirty_diff(tmp_path)
+    facts = driver_facts(diff, tmp_path)
+
+    assert diff == b"--- a/trainer/run.py\n"
+    assert (facts.git_diff_sha256, facts.git_diff_bytes) == (hashlib.sha256(diff).hexdigest(), 21)
+
+
+@pytest.mark.parametrize(
+    ("commit", "name", "text"),
+    [
+        ("", "dirty.diff", b"-a\n"),
+        ("9f1c2ab", "gone.diff", b"-a\n"),
+        ("9f1c2ab", "dirty.diff", b""),
+    ],
+)
+def test_an_image_without_a_commit_or_a_file_has_no_diff(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit: str, name: str, text: bytes
+) -> None:
+    (tmp_path / "dirty.diff").write_bytes(text)
+    monkeypatch.setenv("FAIRWAY_GIT_COMMIT", commit)
+    monkeypatch.setenv("FAIRWAY_GIT_DIFF", str(tmp_path / name))
+
+    assert dirty_diff(tmp_path) is None
+
+
 @pytest.mark.parametrize("told", ["", "perhaps"])
 def test_what_nobody_tells_is_none_and_not_guessed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
@@ -125,11 +206,13 @@ def test_a_sweeps_own_process_is_told_of_the_image_but_of_no_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("FAIRWAY_GIT_COMMIT", "9f1c2ab")
+    monkeypatch.setenv("FAIRWAY_GIT_DIFF", "/opt/dirty.diff")
     monkeypatch.setenv("FAIRWAY_TOKEN", "secret")
 
     handed = without_secrets()
 
     assert handed["FAIRWAY_GIT_COMMIT"] == "9f1c2ab"
+    assert handed["FAIRWAY_GIT_DIFF"] == "/opt/dirty.diff"
     assert "FAIRWAY_TOKEN" not in handed
 
 
@@ -172,6 +255,35 @@ def test_facts_are_read_as_they_were_written(tmp_path: Path) -> None:
     write_facts(tmp_path, facts)
 
     assert read_facts(tmp_path) == facts
+
+
+def test_who_goes_on_with_a_stage_is_told_beside_who_began_it(tmp_path: Path) -> None:
+    first = worker_facts(CPU)
+    second = replace(first, torch="2.9.1")
+    write_facts(tmp_path, first)
+
+    for facts in (second, first, second):
+        write_facts(tmp_path, facts, goes_on=True)
+
+    assert read_facts(tmp_path) == replace(first, resumed=(second,))
+
+
+def test_who_starts_a_stage_over_is_told_alone(tmp_path: Path) -> None:
+    second = replace(worker_facts(CPU), torch="2.9.1")
+    write_facts(tmp_path, worker_facts(CPU))
+
+    write_facts(tmp_path, second)
+
+    assert read_facts(tmp_path) == second
+
+
+def test_who_resumed_is_resumed_by_nobody(tmp_path: Path) -> None:
+    facts = json.loads('{"device": "cpu"}')
+    nested = {**facts, "resumed": [{**facts, "resumed": [facts]}]}
+    (tmp_path / "facts.json").write_text(json.dumps(nested))
+
+    with pytest.raises(UsageError, match=r"resumed: holds no further resumed"):
+        read_facts(tmp_path)
 
 
 def test_a_missing_fact_is_written_as_null(tmp_path: Path) -> None:

@@ -332,6 +332,16 @@ def test_import_writes_a_baseline_that_gates_take(pr414: Path, tmp_path: Path) -
     assert "seed 1337: README.md says steps 7101" in held.out
 
 
+def test_a_number_of_any_length_is_refused_in_one_line(pr414: Path, tmp_path: Path) -> None:
+    path = pr414 / "submission.json"
+    path.write_text(path.read_text().replace("{", '{"scored_tokens": 1' + "0" * 400 + ",", 1))
+
+    done = fairway("import", pr414, "-o", tmp_path / "theirs.yaml")
+
+    assert (done.status, len(done.lines)) == (2, 1)
+    assert "submission.json: not readable as JSON (1000000000" in done.lines[0]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

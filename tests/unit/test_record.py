@@ -2,23 +2,42 @@
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from service.facts import Gpu
-from service.record import By, Entry, Record, claims_of, facts_by_name, requirements_of
+from service.record import (
+    By,
+    Entry,
+    Record,
+    claims_of,
+    facts_by_name,
+    fault_in,
+    requirements_of,
+)
+from service.record_audit import AUDIT_IDS, audit_mismatches
 from service.record_folder import read_object
 from service.record_log import head_of, log_text, tail_of
-from service.record_readme import readme_of
-from service.record_text import claim_mismatches, log_mismatches, readme_mismatches, text_mismatches
+from service.record_readme import readme_of, texts_of
+from service.record_text import (
+    claim_mismatches,
+    log_mismatches,
+    people_mismatches,
+    readme_mismatches,
+    text_mismatches,
+)
 from service.run_logs import agree, read_log
 from service.sheet import Sheet, sheet_of
+from service.singlefile.write import write_single_file
 from tests.scored import scored_home
-from trainer.specs.final import Brotli, Lzma, RangeCoder
+from trainer.errors import DataError
+from trainer.specs.final import Brotli, Lzma, RangeCoder, Zlib, Zstd
 
 BY = By(author="A. Author", github_id="author", name="Two", blurb="One | line.", date="2026-11-22")
 JOURNAL = [
@@ -49,16 +68,16 @@ def digits_changed(text: str) -> Iterator[tuple[str, str]]:
 
 
 def test_no_digit_of_a_readme_changes_unseen(record: Record) -> None:
-    text = readme_of(record)
+    text, known = readme_of(record), texts_of(record.wordless())
 
     unseen = [
         where
         for changed, where in digits_changed(text)
-        if not list(readme_mismatches(text, changed, []))
+        if not list(readme_mismatches(text, changed, known))
     ]
 
     assert unseen == []
-    assert list(readme_mismatches(text, text, [])) == []
+    assert list(readme_mismatches(text, text, known)) == []
 
 
 def test_no_digit_of_a_logs_head_or_tail_changes_unseen(record: Record) -> None:
@@ -135,10 +154,10 @@ def test_a_claim_that_is_missing_or_that_nobody_made_is_named(record: Record) ->
 
 
 def test_a_table_names_row_and_column_and_another_line_its_words(record: Record) -> None:
-    text = readme_of(record)
+    text, known = readme_of(record), texts_of(record.wordless())
     changed = text.replace("| 25,541 |", "| 25,540 |").replace("34,985 bytes,", "34,986 bytes,")
 
-    lines = [found.line() for found in readme_mismatches(text, changed, [])]
+    lines = [found.line() for found in readme_mismatches(text, changed, known)]
 
     assert lines == [
         "README.md: Seed 7, Weights: claimed 25,540, found 25,541",
@@ -155,16 +174,102 @@ def test_a_table_names_row_and_column_and_another_line_its_words(record: Record)
         ("The artifact has 12,345 bytes.", True),
         ("The artifact has 12345 bytes.", True),
         ("Runs on torch 2.13.0.", False),
+        ("We reach 3.4900bpb.", True),
+        ("It is bpb-3.4900 here.", True),
+        ("And 3.5000bpb with seed 8.", False),
     ],
 )
 def test_an_added_line_may_repeat_numbers_but_not_bring_its_own(
     record: Record, added: str, is_seen: bool
 ) -> None:
-    text = readme_of(record)
+    text, known = readme_of(record), texts_of(record.wordless())
 
-    found = list(readme_mismatches(text, f"{text}\n{added}\n", []))
+    found = list(readme_mismatches(text, f"{text}\n{added}\n", known))
 
     assert bool(found) == is_seen
+
+
+def test_no_row_is_added_to_a_table_of_the_record_nor_another_table_of_seeds(
+    record: Record,
+) -> None:
+    text, known = readme_of(record), texts_of(record.wordless())
+    row = next(line for line in text.splitlines() if line.startswith("| 7 |"))
+    again = text.replace(row, f"{row}\n{row.replace('| 7 |', '| 1337 |')}")
+    table = f"{text}\n| Seed | val_bpb |\n| --- | --- |\n| 1337 | 3.5000 |\n"
+    own = f"{text}\n| Idea | val_bpb |\n| --- | --- |\n| two clips | 3.5000 |\n"
+
+    [found] = readme_mismatches(text, again, known)
+    seeds = list(readme_mismatches(text, table, known))
+
+    assert found.claimed.startswith("| 1337 |") or found.claimed.startswith("| 7 |")
+    assert found.found == "no such row was recorded"
+    assert {each.found for each in seeds} == {"no such row was recorded"}
+    assert list(readme_mismatches(text, own, known)) == []
+
+
+def test_peoples_words_make_no_number_known(record: Record) -> None:
+    lying = replace(record, by=replace(BY, name="val_bpb 1.0123", blurb="1.01234567bpb, lr 3.5000"))
+    text, known = readme_of(lying), texts_of(lying.wordless())
+
+    [added] = readme_mismatches(text, f"{text}\n**val_bpb: 1.01234567**\n", known)
+    words = {"name": lying.by.name, "blurb": lying.by.blurb}
+    lines = [each.line() for each in people_mismatches(words, known)]
+
+    assert added.claimed == "1.01234567"
+    assert lines == [
+        "submission.json: name: claimed 1.0123, found nothing that was recorded",
+        "submission.json: blurb: claimed 1.01234567, found nothing that was recorded",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        ({"name": "a\nb"}, "name"),
+        ({"author": "a\x1b[2J"}, "author"),
+        ({"blurb": "| a |\n| 1 |"}, "blurb"),
+        ({"blurb": "x" * 1_001}, "blurb"),
+        ({"name": " "}, "name"),
+        ({"date": "2026-13-01"}, "date"),
+        ({"date": "20261122"}, "date"),
+    ],
+)
+def test_peoples_words_are_short_lines_and_a_date(words: dict[str, str], field: str) -> None:
+    assert fault_in(BY) is None
+
+    fault = fault_in(replace(BY, **words))
+
+    assert fault is not None
+    assert fault[0] == field
+
+
+def test_long_lines_are_refused_and_like_ones_compared_in_no_time(record: Record) -> None:
+    text, known = readme_of(record), texts_of(record.wordless())
+    letters = "".join(chr(0x4E00 + i * 7 % 4001) for i in range(60_000))
+
+    with pytest.raises(DataError, match="line 1: 60,000 characters; at most"):
+        list(readme_mismatches(text, letters, known))
+    began = time.monotonic()
+    [found, *_] = text_mismatches("x.log", letters, letters[:500] + "!" + letters[502:])
+
+    assert found.file == "x.log"
+    assert time.monotonic() - began < 1
+
+
+def test_a_logs_curve_that_ends_early_is_named(record: Record) -> None:
+    entry = record.entries[0]
+    head, tail, steps = head_of(entry), tail_of(record, entry), entry.sheet.result.steps
+
+    [none] = log_mismatches("x.log", head, tail, log_text(record, entry, []), steps)
+    [early] = log_mismatches("x.log", head, tail, log_text(record, entry, JOURNAL[:2]), steps)
+
+    assert none.line() == "x.log: training curve: claimed no step, found steps in order"
+    assert early.claimed == "no step 6, the last is 3"
+
+
+def test_an_audit_of_ours_has_every_rule(record: Record) -> None:
+    assert {rule.id for rule in record.first.result.audit} == set(AUDIT_IDS)
+    assert list(audit_mismatches(record.entries[0])) == []
 
 
 def test_a_line_that_is_removed_or_put_into_a_log_is_named() -> None:
@@ -228,18 +333,36 @@ def test_facts_that_differ_between_seeds_are_told_by_seed(sheet: Sheet) -> None:
     )
 
 
+def test_the_commands_of_a_cpus_record_say_its_threads(sheet: Sheet) -> None:
+    two = replace(sheet, threads=2, world_size=2)
+
+    text = readme_of(Record((Entry(two, 1),), BY, 1))
+
+    assert "\nOMP_NUM_THREADS=2 torchrun --standalone --nproc_per_node=2 train_gpt.py" in text
+    assert "\nOMP_NUM_THREADS=2 python train_gpt.py --score" in text
+    on_gpus = replace(two, device="cuda")
+    assert "OMP_NUM_THREADS" not in readme_of(Record((Entry(on_gpus, 1),), BY, 1))
+
+
 @pytest.mark.parametrize(
-    ("compress", "package"),
-    [(Brotli(), "brotli=="), (RangeCoder(), "constriction=="), (Lzma(), None)],
+    ("compress", "packages"),
+    [
+        (Zstd(), {"zstandard"}),
+        (Brotli(), {"brotli"}),
+        (RangeCoder(), {"brotli", "constriction"}),
+        (Lzma(), set()),
+        (Zlib(), set()),
+    ],
 )
-def test_requirements_have_the_one_compressor_that_is_needed(
-    sheet: Sheet, compress: Any, package: str | None
+def test_requirements_are_what_the_single_file_needs(
+    sheet: Sheet, compress: Any, packages: set[str], tmp_path: Path
 ) -> None:
     task = replace(sheet.final_task, final=replace(sheet.final_task.final, compress=compress))
     text = requirements_of(Record((Entry(replace(sheet, final_task=task), 1),), BY, 1))
 
-    others = [name for name in ("zstandard", "brotli", "constriction") if f"{name}==" in text]
-    assert others == ([] if package is None else [package.removesuffix("==")])
+    required = set(re.findall(r"^(\w+)==", text, re.MULTILINE))
+    file = write_single_file(sheet.train_task, task, tmp_path, world_size=1)
+    assert required == {"torch", "numpy", "sentencepiece", *packages} == set(file.packages)
     assert re.search(r"^torch==\d+\.\d+\.\d+(  # \S+)?$", text, re.MULTILINE)
 
 

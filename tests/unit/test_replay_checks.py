@@ -1,21 +1,19 @@
-"""What keeps a replay from running, by name, and what is only noted; what counts as the same."""
+"""What keeps a replay from running, by name, and what is only noted."""
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from service.facts import Gpu
-from service.replay import DEFAULT_SD_BPB, PAIRS, Outcome, Prepared, compare, is_exact, prepare
+from service.facts import process_facts
+from service.replay import prepare
 from service.replay_checks import wanted_of
-from service.sheet import Branch, Noise, Sheet, read_sheet
-from tests.scored import Scored, scored_home
-from trainer.codec import parse
+from service.sheet import Sheet, read_sheet
+from tests.scored import Scored, on_both, on_final, scored_home
 from trainer.errors import UsageError
-from trainer.results import FinalResult, TrainResult
-from trainer.runtime.files import read_json
 from trainer.specs.final import Brotli
 
 
@@ -33,17 +31,6 @@ def sheet(home: Scored) -> Sheet:
 def data(home: Scored, tmp_path: Path) -> Path:
     """A copy of the data that a test may damage."""
     return Path(shutil.copytree(home.dataset.folder, tmp_path / "data"))
-
-
-def on_final(sheet: Sheet, **facts: Any) -> Sheet:
-    """The sheet of a final that was computed with other things."""
-    assert sheet.final_worker is not None
-    return replace(sheet, final_worker=replace(sheet.final_worker, **facts))
-
-
-def on_both(sheet: Sheet, **facts: Any) -> Sheet:
-    assert sheet.train_worker is not None
-    return replace(on_final(sheet, **facts), train_worker=replace(sheet.train_worker, **facts))
 
 
 def refusal(home: Scored, sheet: Sheet, data: Path | None = None, **words: Any) -> str:
@@ -150,7 +137,6 @@ def test_what_can_change_a_byte_refuses_by_name(
         ("cpu", "Another CPU"),
         ("num_cpus", 96),
         ("driver", "550.1"),
-        ("environment", ("MKL_NUM_THREADS=2",)),
     ],
 )
 def test_what_moves_no_byte_is_noted_and_does_not_refuse(
@@ -159,6 +145,57 @@ def test_what_moves_no_byte_is_noted_and_does_not_refuse(
     prepared = prepare(home.paths, on_both(sheet, **{name: recorded}), None)
 
     assert [note.name for note in prepared.notes] == [name]
+
+
+def with_variable(sheet: Sheet, variable: str) -> Sheet:
+    """The sheet of a final whose stages were computed with one more variable."""
+    assert sheet.final_worker is not None
+    return on_both(sheet, environment=(*sheet.final_worker.environment, variable))
+
+
+def test_a_variable_that_sets_the_order_of_a_cpus_sums_refuses(home: Scored, sheet: Sheet) -> None:
+    told = refusal(home, with_variable(sheet, "MKL_CBWR=COMPATIBLE"))
+
+    assert "MKL_CBWR: COMPATIBLE → absent" in told
+    assert told.endswith("--allow MKL_CBWR")
+
+
+@pytest.fixture
+def facts_read_anew() -> Iterator[None]:
+    process_facts.cache_clear()
+    yield
+    process_facts.cache_clear()
+
+
+@pytest.mark.usefixtures("facts_read_anew")
+def test_such_a_variable_refuses_where_it_is_set_here_alone(
+    home: Scored, sheet: Sheet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+
+    assert "ONEDNN_MAX_CPU_ISA: absent → AVX2" in refusal(home, sheet)
+
+
+@pytest.mark.parametrize("variable", ["MKL_NUM_THREADS=2", "NCCL_ALGO=Ring"])
+def test_a_variable_that_moves_no_sum_of_a_cpu_is_noted(
+    home: Scored, sheet: Sheet, variable: str
+) -> None:
+    prepared = prepare(home.paths, with_variable(sheet, variable), None)
+
+    name, _, value = variable.partition("=")
+    assert [(note.name, note.recorded, note.here) for note in prepared.notes] == [
+        (name, value, "absent")
+    ]
+
+
+def test_who_went_on_with_a_training_is_held_against_this_machine_too(
+    home: Scored, sheet: Sheet
+) -> None:
+    assert sheet.train_worker is not None
+    later = replace(sheet.train_worker, torch="2.9.1")
+    other = replace(sheet, train_worker=replace(sheet.train_worker, resumed=(later,)))
+
+    assert "torch: 2.9.1 (training, resumed 1) → " in refusal(home, other)
 
 
 def test_the_compressor_that_counts_is_the_one_of_the_final(home: Scored, sheet: Sheet) -> None:
@@ -211,6 +248,31 @@ def test_a_name_that_no_fact_has_is_refused(home: Scored, sheet: Sheet) -> None:
     assert "did you mean libzstd?" in refusal(home, sheet, allowed=["libzst"])
 
 
+@pytest.mark.parametrize("name", ["train.sede", "train.seed", "driver", "code_digest"])
+def test_a_name_that_nothing_which_counts_can_have_is_refused(
+    home: Scored, sheet: Sheet, name: str
+) -> None:
+    told = refusal(home, sheet, values=[("train.seed", 8)], allowed=["seed", name])
+
+    assert f"--allow {name}: nothing that counts, and no path of the recipe" in told
+
+
+def test_a_name_like_none_is_refused_with_those_that_there_are(home: Scored, sheet: Sheet) -> None:
+    told = refusal(home, sheet, allowed=["train.sede"])
+
+    assert "known here: MKL_CBWR, ONEDNN_MAX_CPU_ISA, brotli, code, " in told
+    assert "seed" in told.partition("known here: ")[2].split(", ")
+
+
+@pytest.mark.parametrize("path", ["train.iterations", "final.prune", "final.quantize"])
+def test_a_path_of_the_recipe_may_be_allowed_though_it_does_not_differ(
+    home: Scored, sheet: Sheet, path: str
+) -> None:
+    values = [("train.iterations", 6), ("final.prune", None)]
+
+    assert prepare(home.paths, sheet, None, values, [path]).allowed == ()
+
+
 def test_another_seed_is_named(home: Scored, sheet: Sheet) -> None:
     assert "seed: 7 → 8;" in refusal(home, sheet, values=[("train.seed", 8)])
 
@@ -229,7 +291,8 @@ def test_the_value_that_was_recorded_is_no_difference(home: Scored, sheet: Sheet
 
 
 def test_a_clock_that_ended_nothing_is_left_out(sheet: Sheet) -> None:
-    idle = with_train(sheet, max_clock_s=600.0)
+    train = replace(sheet.train_task.train, max_clock_s=600.0)
+    idle = replace(sheet, train_task=replace(sheet.train_task, train=train))
     ended = replace(idle, result=replace(sheet.result, steps=5))
 
     assert wanted_of(idle, ()).train_task.train.max_clock_s is None
@@ -277,111 +340,23 @@ def test_a_recipe_that_says_other_than_the_tasks_is_named_by_path(
     assert "train.train.iterations: 6 in the tasks → 9 in the recipe" in told
 
 
+@pytest.mark.parametrize("part", ["name", "digest"])
+def test_a_recipe_that_names_other_data_than_the_sheet_is_found_out(
+    home: Scored, sheet: Sheet, part: str
+) -> None:
+    data = replace(sheet.recipe.data, **{part: "f" * 64})
+    told = refusal(home, replace(sheet, recipe=replace(sheet.recipe, data=data)))
+    assert f"in the sheet → {'f' * 64} in the recipe" in told
+
+
+def test_that_the_id_of_a_fitted_final_is_not_checked_is_noted(home: Scored, sheet: Sheet) -> None:
+    prepared = prepare(home.paths, replace(sheet, fitted=True, final="f" * 20), None)
+    assert "not checked: it was fitted" in " ".join(map(str, prepared.notes))
+
+
 def test_facts_that_were_not_recorded_are_noted(home: Scored, sheet: Sheet) -> None:
     bare = replace(sheet, train_worker=None, final_worker=None, code_digest=None)
 
     prepared = prepare(home.paths, bare, None)
 
     assert [note.name for note in prepared.notes] == ["training facts", "final facts", "code"]
-
-
-@pytest.fixture
-def on_gpus(sheet: Sheet) -> Sheet:
-    """A sheet of a gang of eight GPUs, to be run on none."""
-    gpus = tuple(Gpu(name="NVIDIA H200", uuid=f"GPU-{rank}") for rank in range(8))
-    return replace(on_both(sheet, device="cuda", gpus=gpus), device="cuda", world_size=8)
-
-
-@pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="is about a machine without")
-def test_a_machine_without_the_gpus_is_refused(home: Scored, on_gpus: Sheet) -> None:
-    told = refusal(home, on_gpus)
-
-    assert "device: cuda → cpu" in told
-    assert "world_size: 8 GPUs → 0 GPUs" in told
-
-
-def results(home: Scored, sheet: Sheet) -> Outcome:
-    """What the sheet's own stages returned."""
-    final = home.paths.store / "finals" / sheet.final / "result.json"
-    training = home.paths.store / "trainings" / sheet.training / "result.json"
-    return Outcome(
-        parse(TrainResult, read_json(training), "training"),
-        parse(FinalResult, read_json(final), "final"),
-    )
-
-
-def prepared_for(home: Scored, sheet: Sheet, noise: Noise | None = None) -> Prepared:
-    ready = prepare(home.paths, read_sheet(home.sheet(sheet.final)), None)
-    return replace(ready, sheet=sheet, noise=noise or Noise())
-
-
-def scored_as(outcome: Outcome, off_bpb: float) -> Outcome:
-    assert outcome.final is not None
-    score = outcome.final.score
-    moved = replace(score, val_bpb=score.val_bpb + off_bpb)
-    return replace(outcome, final=replace(outcome.final, score=moved, weights_sha256="1" * 64))
-
-
-def test_on_a_cpu_one_other_byte_is_not_the_same(home: Scored, sheet: Sheet) -> None:
-    same = compare(prepared_for(home, sheet), results(home, sheet))
-    other = compare(prepared_for(home, sheet), scored_as(results(home, sheet), 0.0))
-
-    assert (same["same"], same["criterion"]) == (True, "the same bytes")
-    assert not other["same"]
-    assert f"weights_sha256 {sheet.result.weights_sha256} → {'1' * 64}" in other["verdict"]
-
-
-def test_what_is_not_the_same_says_which_fact_differs(home: Scored, sheet: Sheet) -> None:
-    other = on_both(sheet, libzstd="1.5.5")
-    prepared = prepare(home.paths, other, None, (), ["libzstd"])
-
-    document = compare(prepared, scored_as(results(home, sheet), 0.0))
-
-    assert "what differs here: libzstd: 1.5.5 → " in document["verdict"]
-
-
-@pytest.mark.parametrize(("off", "same"), [(0.9, True), (1.1, False)])
-def test_on_gpus_the_bpb_must_lie_within_the_noise_of_seeds(
-    home: Scored, on_gpus: Sheet, off: float, same: bool
-) -> None:
-    outcome = scored_as(results(home, on_gpus), off * PAIRS * DEFAULT_SD_BPB)
-
-    document = compare(prepared_for(home, on_gpus), outcome)
-
-    assert document["same"] is same
-    assert document["noise"]["source"] == "techniques 1.8"
-
-
-def test_measured_noise_comes_before_the_stated_one(home: Scored, on_gpus: Sheet) -> None:
-    outcome = scored_as(results(home, on_gpus), PAIRS * DEFAULT_SD_BPB)
-
-    document = compare(prepared_for(home, on_gpus, Noise(sd_bpb=0.002, df=2)), outcome)
-
-    assert document["same"]
-    assert document["noise"] == {"sd_bpb": 0.002, "source": "measured"}
-
-
-def test_a_quarantined_bank_is_not_the_same(home: Scored, sheet: Sheet) -> None:
-    outcome = replace(results(home, sheet), final=None, quarantined="bank quarantined: 1e-3 apart")
-
-    document = compare(prepared_for(home, sheet), outcome)
-
-    assert (document["same"], document["verdict"]) == (False, "bank quarantined: 1e-3 apart")
-
-
-def with_train(sheet: Sheet, **changes: Any) -> Sheet:
-    task = replace(sheet.train_task, train=replace(sheet.train_task.train, **changes))
-    return replace(sheet, train_task=task)
-
-
-def test_bytes_are_asked_for_only_where_they_can_be_equal(sheet: Sheet, on_gpus: Sheet) -> None:
-    branch = Branch(state="s0", step=4)
-    unbound = with_train(sheet, max_clock_s=600.0)
-    ended = replace(unbound, result=replace(sheet.result, steps=5))
-
-    assert is_exact(sheet)
-    assert is_exact(replace(sheet, branch=branch))
-    assert is_exact(unbound)
-    assert not is_exact(ended)  # by its clock
-    assert not is_exact(with_train(replace(sheet, branch=branch), compile=True))
-    assert not is_exact(on_gpus)

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from service.facts import DriverFacts
+from service.export import find_configuration
+from service.facts import DriverFacts, read_facts, write_facts
 from service.references import find_final, find_sheet
+from service.replay import Spread, prepare
 from service.report import best
 from service.runs import final_run, training_run
 from service.sheet import (
+    Noise,
     Sheet,
     Sheets,
     find_origin,
@@ -22,12 +26,15 @@ from service.sheet import (
     sheet_of,
     write_sheet,
 )
+from service.tasks import run_final
 from tests import tiny
+from tests.ledgers import CLIP
 from tests.scored import Scored, scored_home
+from tests.seeded import Seeded
 from trainer.codec import dump
 from trainer.data.shards import Dataset
 from trainer.errors import DataError, UsageError
-from trainer.runtime.files import read_json, sha256_file, write_json
+from trainer.runtime.files import read_json, sha256_file, write_json, write_text
 from trainer.specs.task import final_task, train_task
 
 SWEEP = """\
@@ -168,6 +175,43 @@ def test_the_noise_is_that_of_the_sweeps_seeds(home: Scored) -> None:
     assert 0 < noise.sd_bpb <= max(bpb.values()) - min(bpb.values())
 
 
+def test_noise_that_the_home_has_measured_comes_before_the_sheets(
+    home: Scored, sheet: Sheet
+) -> None:
+    measured = sheet_of(home.paths, sheet.final).noise
+    edited = replace(sheet, noise=Noise(sd_bpb=50.0, df=9))
+
+    noise = prepare(home.paths, edited, None).noise
+
+    assert measured.sd_bpb is not None
+    assert noise == Spread(measured.sd_bpb, 1, "the sweep's seeds")
+
+
+def test_a_score_that_another_machine_began_is_told_with_both(
+    home: Scored, sheet: Sheet, tmp_path: Path
+) -> None:
+    copy = replace(home.paths, home=tmp_path / "home")
+    shutil.copytree(home.paths.home, copy.home)
+    folder = copy.store / "finals" / sheet.final
+    for name in ("result.json", "sheet.json"):
+        (folder / name).unlink()
+    begun = read_facts(folder)
+    assert begun is not None
+    write_facts(folder, replace(begun, torch="2.9.1"))
+    write_text(folder / "journal" / "left" / "000000-0.npz", "what it has scored so far")
+
+    run_final(
+        {"store": str(copy.store), "data": str(home.dataset.folder), "training": sheet.training,
+         "final": sheet.final, "artifact": sheet.final, "hessians": sheet.final,
+         "task": dump(sheet.final_task), "cpus": 1, "device": "cpu"}
+    )  # fmt: skip
+
+    worker = sheet_of(copy, sheet.final).final_worker
+    assert worker is not None
+    assert worker.torch == "2.9.1"
+    assert [each.torch for each in worker.resumed] == [torch.__version__]
+
+
 def test_a_sheet_is_read_as_it_was_written(sheet: Sheet, tmp_path: Path) -> None:
     write_sheet(tmp_path / "sheet.json", sheet)
 
@@ -194,6 +238,8 @@ def test_facts_that_were_not_recorded_are_null_in_the_file(sheet: Sheet) -> None
         (("recipe", "model", "dim"), 31, "recipe.model"),
         (("version",), 2, "version: got 2"),
         (("threads",), 0, "threads=0 must be above 0"),
+        (("noise",), {"sd_bpb": 0.001, "df": 0}, "noise: df=0 must be above 0"),
+        (("noise",), {"sd_bpb": 0.001}, "noise: give both sd_bpb and df"),
         (("final",), "../../etc", "final='../../etc' is no plain name"),
         (("data", "name"), "..", r"data: name='\.\.' is no plain name"),
     ],
@@ -265,6 +311,30 @@ def test_a_final_goes_by_its_id_a_start_of_it_or_its_sweep(home: Scored) -> None
     assert find_final(home.paths, first[:9]) == first
     assert find_final(home.paths, "scored") == top["final"]
     assert find_final(home.paths, home.sweep_id) == top["final"]
+
+
+def test_a_word_that_fits_a_sweep_and_a_final_means_the_sweep_to_every_verb(
+    home: Scored, tmp_path: Path
+) -> None:
+    copy = replace(home.paths, home=tmp_path / "home")
+    shutil.copytree(home.paths.home, copy.home)
+    word = home.finals()[0][:6]
+    sweep = Seeded(copy.home, sweep_id=f"{word}-3f9a2c")
+    [final] = sweep.add("search", {CLIP: "none"}, {1: 1.1})
+
+    assert find_final(copy, word) == final
+    assert find_configuration(copy, word).chosen["final"] == final
+
+
+def test_a_final_whose_ledger_is_gone_is_replayed_and_not_exported(
+    home: Scored, sheet: Sheet, tmp_path: Path
+) -> None:
+    copy = replace(home.paths, home=tmp_path / "home")
+    shutil.copytree(home.paths.store, copy.store)
+
+    assert find_sheet(copy, sheet.final[:9]) == sheet
+    with pytest.raises(UsageError, match=r"no sweep of .* tells of it"):
+        find_configuration(copy, sheet.final[:9])
 
 
 @pytest.mark.parametrize("ref", ["nothing", ""])

@@ -13,7 +13,6 @@ import pytest
 
 from service.singlefile.edits import Page
 from service.singlefile.program import Text
-from service.singlefile.tidy import tidy
 from service.singlefile.write import SingleFile, pack, write_single_file
 from tests import tiny
 from trainer.codec import parse, read_recipe
@@ -38,7 +37,7 @@ class Written(NamedTuple):
 
 
 def written(recipe: Recipe, folder: Path) -> Written:
-    file = write_single_file(train_task(recipe), final_task(recipe), folder)
+    file = write_single_file(train_task(recipe), final_task(recipe), folder, world_size=1)
     source = file.source_path.read_text(encoding="utf-8")
     tree = ast.parse(source)
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
@@ -97,8 +96,7 @@ def test_a_part_that_the_baseline_does_not_use_is_absent(baseline: Written) -> N
     unused |= {"FakeQuant", "FakeQuants", "RangeCoder", "Brotli", "Prune", "Late", "Swa"}
 
     assert not (unused | TTT | GPTQ) & baseline.names
-    assert (unused - {"Late"} | {"Gptq", "LoraTtt"}) <= set(baseline.file.left_out)
-    assert {"GPT", "Muon", "Relu2", "Int8Rule", "Zstd"} <= set(baseline.file.classes)
+    assert {"GPT", "Muon", "Relu2", "Int8Rule", "Zstd"} <= baseline.names
 
 
 def test_a_part_that_pr414_uses_is_there(pr414: Written) -> None:
@@ -209,12 +207,12 @@ def test_a_file_imports_nothing_of_ours(pr414: Written) -> None:
     assert not modules & {"trainer", "service", "tune_spaces", "pydantic", "yaml"}
 
 
-def test_the_packed_file_is_no_larger_than_the_smallest_counted_code(
+def test_the_packed_file_is_far_smaller_than_the_smallest_counted_code(
     pr414: Written, tmp_path: Path
 ) -> None:
     counted = write_code(tmp_path, "packed").stat().st_size
 
-    assert pr414.file.num_bytes <= counted
+    assert pr414.file.num_bytes <= 0.6 * counted
 
 
 def test_comments_and_docstrings_stay_in_the_source(pr414: Written) -> None:
@@ -266,12 +264,6 @@ def test_writing_a_file_loads_no_heavy_package() -> None:
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert said.stdout.strip() == "set()"
-
-
-def test_values_that_nothing_reads_are_tidied_away() -> None:
-    source = "def f(spec):\n    a, b = None, spec.b\n    c = a\n    d = g()\n    return b\n"
-
-    assert tidy(source) == "def f(spec):\n    b = spec.b\n    d = g()\n    return b\n"
 
 
 def test_an_outer_edit_takes_in_those_inside_of_what_it_keeps() -> None:

@@ -45,6 +45,7 @@ _SECRET_PREFIXES = ("FAIRWAY_", "MLFLOW_TRACKING_", "PG")
 _BUILD = {
     "git_commit": "FAIRWAY_GIT_COMMIT",
     "git_dirty": "FAIRWAY_GIT_DIRTY",
+    "git_diff": "FAIRWAY_GIT_DIFF",
     "lock_file": "FAIRWAY_LOCK_FILE",
     "image_digest": "FAIRWAY_IMAGE_DIGEST",
 }
@@ -55,11 +56,13 @@ _BUILD = {
 class BuildFacts:
     """What the image that this process runs in was built from; all None outside of one.
 
-    lock_file: the path of the file inside it that its packages were installed from.
+    git_diff: the path of a file inside it with what its code has over the commit. lock_file: of the
+    one that its packages were installed from.
     """
 
     git_commit: str | None = None
     git_dirty: bool | None = None
+    git_diff: str | None = None
     lock_file: str | None = None
     image_digest: str | None = None
 
