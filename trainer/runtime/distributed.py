@@ -1,5 +1,6 @@
 """Ranks and the few collectives the trainer needs. With one rank they do nothing."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -80,6 +81,9 @@ def from_torchrun() -> Iterator[Ranks]:
     try:
         yield current()
     finally:
+        # What still holds the group would keep its threads: one that Python's end meets at work
+        # takes the process with it.
+        gc.collect()
         dist.destroy_process_group()
 
 
