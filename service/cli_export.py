@@ -15,7 +15,7 @@ import typer
 from service.cli_options import HOME, Home, Output, print_document
 from service.paths import Paths
 from service.talk import Talk
-from trainer.errors import InfeasibleError, UsageError
+from trainer.errors import InfeasibleError
 
 app = typer.Typer()
 
@@ -126,15 +126,7 @@ def verify_command(
 
 def _dataset(paths: Paths, folder: Path | None, sheet: Any) -> Any:
     """The dataset that is given, or the home's of the sheet's digest."""
-    from service.replay_checks import find_data
+    from service.replay_checks import require_data
     from trainer.data.shards import load_dataset
 
-    if folder is not None:
-        return load_dataset(folder)
-    found = find_data(sheet, paths.home / "data")
-    if found is None:
-        raise UsageError(
-            f"{paths.home / 'data'}: no dataset {sheet.data.name!r} with digest "
-            f"{sheet.data.digest}; prepare or fetch it, or name its folder with --data"
-        )
-    return load_dataset(found)
+    return load_dataset(folder or require_data(sheet, paths.home / "data"))

@@ -8,12 +8,12 @@ out of reach: the result is printed all the same.
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from service.cli_options import HOME, Home, Output, print_document
-from service.paths import Paths
+from service.paths import Paths, is_taken
 from service.talk import Talk
 from trainer.codec import parse_assignment
 from trainer.errors import BackendError, InfeasibleError, UsageError
@@ -54,13 +54,12 @@ def replay(
 ) -> None:
     """Run a recorded final again and say whether the same comes out."""
     from service import replay
-    from service.references import find_sheet
-    from service.replay_run import MLFLOW, open_experiment, sheet_of_run, write_run
+    from service.replay_run import open_experiment, write_run
 
     paths, talk, values = Paths(home), Talk(), [parse_assignment(text) for text in overrides or []]
-    _require_new(keep)
-    is_run = run.startswith(MLFLOW)
-    sheet = sheet_of_run(paths, run, tracking_uri) if is_run else find_sheet(paths, run)
+    if keep is not None and is_taken(keep):
+        raise UsageError(f"--keep {keep}: holds something already; name a new folder")
+    sheet = _sheet(paths, run, tracking_uri)
     prepared = replay.prepare(paths, sheet, data, values, allow or ())
     for note in prepared.notes:
         talk.say("note", fact=note.name, recorded=note.recorded, here=note.here)
@@ -84,6 +83,11 @@ def replay(
         raise lost
 
 
-def _require_new(keep: Path | None) -> None:
-    if keep is not None and keep.exists() and not (keep.is_dir() and not any(keep.iterdir())):
-        raise UsageError(f"--keep {keep}: holds something already; name a new folder")
+def _sheet(paths: Paths, run: str, tracking_uri: str | None) -> Any:
+    """The sheet that a run in MLflow carries, or that the home has."""
+    from service.references import find_sheet
+    from service.replay_run import MLFLOW, sheet_of_run
+
+    if run.startswith(MLFLOW):
+        return sheet_of_run(paths, run, tracking_uri)
+    return find_sheet(paths, run)

@@ -25,7 +25,7 @@ from service.confirmed import (
 )
 from service.labels import short_value
 from service.ledger import SweepView
-from service.paths import Paths
+from service.paths import Paths, is_taken
 from service.record import (
     CODE,
     REQUIREMENTS,
@@ -88,7 +88,7 @@ def export(paths: Paths, ref: str, folder: Path, given: Given, which: Which = "a
     UsageError where a fact is missing, a file was altered or the folder holds something already;
     InfeasibleError where the configuration, or one of its seeds, is not feasible and legal.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_taken(folder):
         raise UsageError(f"{folder}: not empty; name a new folder")
     of = find_configuration(paths, ref)
     seeds = of.seeds if which == "all" else of.seeds[:1]

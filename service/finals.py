@@ -12,7 +12,7 @@ from typing import Any, Final
 from service import banks
 from service.banks import Bank, Wanted, hessians_for, open_bank, training_text
 from service.identity import fit_digest
-from service.paths import Paths
+from service.paths import Paths, is_taken
 from service.rescore import Asked, rescore
 from service.scored_text import Source, text_of
 from service.talk import Talk
@@ -204,7 +204,7 @@ def _describe(
 
 def require_new(out: Path) -> None:
     """UsageError unless a folder is absent or empty."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if is_taken(out):
         raise UsageError(f"{out}: holds something already; name a new folder with --out")
 
 

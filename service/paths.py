@@ -126,3 +126,8 @@ def find_sweep(paths: Paths, ref: str | None) -> SweepPaths:
     if matching:
         raise UsageError(f"{ref!r} fits {len(matching)} sweeps: {', '.join(matching)}")
     raise UsageError(f"no sweep {ref!r} under {paths.sweeps}{suggest(ref, found)}")
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether something is in the way of a new folder: a file, or a folder that holds anything."""
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))

@@ -34,6 +34,7 @@ from service.replay_checks import (
     missing_facts,
     paths_of,
     require_allowed,
+    require_data,
     wanted_of,
 )
 from service.sheet import Noise, Sheet, noise_of
@@ -167,15 +168,12 @@ def _spread(measured: Noise, told: Noise) -> Spread:
 
 
 def _data_folder(paths: Paths, sheet: Sheet, data: Path | None) -> Path:
-    folder = data or find_data(sheet, paths.home / "data")
-    if folder is None and sheet.data.name == EMBEDDED_NAME:
+    home_data = paths.home / "data"
+    if data is not None:
+        return data
+    if sheet.data.name == EMBEDDED_NAME and find_data(sheet, home_data) is None:
         return prepare_embedded(paths.data(EMBEDDED_NAME)).folder
-    if folder is None:
-        raise UsageError(
-            f"{paths.home / 'data'}: no dataset {sheet.data.name!r} with digest "
-            f"{sheet.data.digest}; prepare or fetch it, or name its folder with --data"
-        )
-    return folder
+    return require_data(sheet, home_data)
 
 
 def _kernel(sheet: Sheet, device: str) -> str | None:

@@ -338,6 +338,17 @@ def find_data(sheet: Sheet, home_data: Path) -> Path | None:
     return named if named.is_dir() else None
 
 
+def require_data(sheet: Sheet, home_data: Path) -> Path:
+    """The same, or UsageError where there is none."""
+    folder = find_data(sheet, home_data)
+    if folder is None:
+        raise UsageError(
+            f"{home_data}: no dataset {sheet.data.name!r} with digest {sheet.data.digest}; prepare "
+            "or fetch it, or name its folder with --data"
+        )
+    return folder
+
+
 def _text(value: Any) -> str:
     """A fact in words; several GPUs or variables in a line."""
     if value is None:

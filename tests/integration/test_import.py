@@ -1,20 +1,16 @@
 """`fairway import` and `fairway score` on a checkpoint that the public pr414 script wrote."""
 
 import json
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import yaml
 
-from service.cli import main
 from tests import golden_pr414, public_files, tiny
+from tests.command import Done, fairway
 from trainer.codec import dump, to_yaml
 from trainer.data.shards import write_shard
 from trainer.finalize.artifact import read_weights
@@ -39,26 +35,6 @@ SMALL = tuple(
     )
     for word in ("-S", setting)
 )
-
-
-class Done(NamedTuple):
-    """A command that ended."""
-
-    status: int
-    out: str
-    lines: list[str]
-
-
-def fairway(*words: object) -> Done:
-    """Call the command line in this process."""
-    out, err, status = StringIO(), StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["fairway", *map(str, words)])
-        try:
-            main()
-        except SystemExit as done:
-            status = int(done.code or 0)
-    return Done(status, out.getvalue(), err.getvalue().splitlines())
 
 
 def scored(folder: Path, *words: object) -> dict[str, float]:
