@@ -32,7 +32,7 @@ from service.tails import Tails
 ROOT = Path(__file__).parents[1]
 PROGRAM = (sys.executable, "-m", "tests.stand_in_job")
 ALICE = User("alice", Role.SUBMITTER)
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 
 
 class Home:
@@ -88,6 +88,10 @@ class Home:
         self.tick_until(lambda: self.state(name) in states)
         return self.record(name)
 
+    def let_go(self, place: str) -> None:
+        """Let every stand-in that holds at this place go on."""
+        (self.paths.home / f"go-{place}").touch()
+
     def starts(self) -> Counter[tuple[str, int]]:
         """How often each attempt at each sweep was started, by its name and number."""
         path = self.paths.home / "starts.txt"
@@ -139,7 +143,7 @@ class Killable:
         self._parent.communicate()
 
 
-def local_runner(stop_s: float = 20.0, program: Sequence[str] = PROGRAM) -> LocalRunner:
+def local_runner(stop_s: float = 60.0, program: Sequence[str] = PROGRAM) -> LocalRunner:
     return LocalRunner(None, program, stop_s)
 
 

@@ -4,7 +4,8 @@ What it shall do is in the bundle's sweep.yaml:
 
     sweep_id      whose ledger it writes
     seconds       how long that takes
-    waits_s       how long it waits for a gang first
+    holds         where it waits until it is let go by a file HOME/go-PLACE: "gang" (before it has
+                  one), "training" (has finished one), "finals" (has finished all trainings)
     dies          by attempt: "kill", or the exit code to leave with, halfway
     dies_late     the same, once it has finished a training
     is_deaf       to orders and SIGTERM
@@ -64,9 +65,9 @@ class StandIn:
 
     def work(self, ledger: Ledger) -> None:
         self.sweep.start(ledger)
-        if "waits_s" in self.told:
+        if "gang" in self.told.get("holds", ()):
             ledger.append("waiting", reason="need 2 GPUs, free 0")
-            self.pass_time(self.told["waits_s"])
+        self.hold_if_told("gang")
         for point in self.sweep.train_points():
             key = self.sweep.begin(ledger, point)
             self.pass_time(2 * self.step_s)
@@ -74,8 +75,10 @@ class StandIn:
             if key not in ledger.view.trainings:
                 self.sweep.end(ledger, point)
                 self.die_if_told("dies_late")
+                self.hold_if_told("training")
         for point in self.sweep.train_points():
             self.pass_time(3 * self.step_s)
+            self.hold_if_told("finals")
             for final in self.sweep.final_points(point):
                 self.sweep.score(ledger, final)
 
@@ -94,6 +97,11 @@ class StandIn:
             if order is not None:
                 raise Ended(order.state, order.reason)
             time.sleep(min(LOOK_S, left))
+
+    def hold_if_told(self, place: str) -> None:
+        go = self.sweep.paths.home / f"go-{place}"
+        while place in self.told.get("holds", ()) and not go.exists():
+            self.pass_time(LOOK_S)
 
 
 def interrupted(number: int, frame: FrameType | None) -> None:

@@ -20,7 +20,7 @@ from tests.dispatching import ALICE, ROOT, Home, Killable, kill_group, local_run
 from tests.ledgers import Sweep
 from trainer.errors import BackendError, DataError
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 
 BOB = User("bob", Role.SUBMITTER)
 ENDED = tuple(state for state in State if state.is_final())
@@ -41,12 +41,15 @@ def kill(home: Home, name: str) -> None:
 
 
 def test_a_sweep_runs_to_its_end_and_the_queue_tells_how_far_it_is(home: Home):
-    home.submit("one", seconds=1.0)
+    home.submit("one", holds=["training", "finals"])
     seen = [State.QUEUED]
 
     def has_ended() -> bool:
         if home.state("one") != seen[-1]:
             seen.append(home.state("one"))
+            for state, place in ((State.RUNNING, "training"), (State.FINALIZING, "finals")):
+                if seen[-1] == state:
+                    home.let_go(place)
         return seen[-1].is_final()
 
     home.tick_until(has_ended)
@@ -64,12 +67,13 @@ def test_a_sweep_runs_to_its_end_and_the_queue_tells_how_far_it_is(home: Home):
 
 
 def test_a_sweep_whose_gang_has_no_place_says_why_it_waits(home: Home):
-    home.submit("one", waits_s=0.5)
+    home.submit("one", holds=["gang", "training"])
 
     record = home.tick_until_state("one", State.WAITING)
 
     assert record.reason == "need 2 GPUs, free 0"
     assert record.gangs_held == 1
+    home.let_go("gang")
     assert home.tick_until_state("one", State.RUNNING).reason is None
 
 
@@ -104,11 +108,12 @@ def test_a_running_sweep_obeys(home: Home, verb: Verb, state: State, reason: str
 
 
 def test_a_paused_sweep_goes_on_where_it_stopped(home: Home):
-    home.submit("one", seconds=2)
+    home.submit("one", holds=["training"])
     home.tick_until(lambda: home.record("one").summary.trainings_done == 1)
     home.queue.ask(home.record("one").sweep_id, Verb.PAUSE, ALICE)
     paused = home.tick_until_state("one", State.PAUSED)
 
+    home.let_go("training")
     home.queue.ask(paused.sweep_id, Verb.RESUME, ALICE)
     record = home.tick_until_state("one", *ENDED)
 
@@ -132,11 +137,12 @@ def test_an_attempt_is_not_judged_by_how_the_one_before_it_ended(home: Home):
 
 
 def test_a_sweep_resumed_while_it_pauses_goes_on(home: Home):
-    home.submit("one", seconds=1.5)
+    home.submit("one", holds=["training"])
     sweep_id = home.tick_until_state("one", State.RUNNING).sweep_id
     home.queue.ask(sweep_id, Verb.PAUSE, ALICE)
     home.dispatcher.tick()
     home.queue.ask(sweep_id, Verb.RESUME, ALICE)
+    home.let_go("training")
 
     record = home.tick_until_state("one", *ENDED)
 
@@ -229,13 +235,15 @@ def test_a_sweep_whose_jobs_are_lost_again_and_again_is_lost(home: Home):
 
 
 def test_a_sweep_interrupted_by_somebody_else_is_started_again(home: Home):
-    home.submit("one", seconds=2)
+    home.submit("one", holds=["training"])
     home.tick_until_state("one", State.RUNNING)
 
     home.runner.stop(home.job("one"))  # as when the machine is shut down
+    wait_until(lambda: home.files("one").state().phase == "ended")
+    assert home.ledger_state("one") == State.CANCELLED
     home.tick_until(lambda: home.record("one").attempt == 2)
 
-    assert home.ledger_state("one") == State.CANCELLED
+    home.let_go("training")
     assert home.tick_until_state("one", *ENDED).state == State.SUCCEEDED
 
 
@@ -469,9 +477,10 @@ def test_jobs_out_of_reach_are_noticed_although_none_is_to_be_started(home: Home
 
 
 def test_what_runs_is_followed_by_its_files_while_the_cluster_is_out_of_reach(home: Home):
-    home.submit("one", seconds=3.0)
+    home.submit("one", holds=["training"])
     home.tick_until_state("one", State.RUNNING)
     dispatcher = home.restarted(OutOfReach())
+    home.let_go("training")
 
     def has_ended() -> bool:
         with pytest.raises(BackendError, match="no answer"):
@@ -496,7 +505,7 @@ def test_a_dispatcher_killed_thirty_times_loses_no_sweep_and_starts_none_twice(h
         for number in range(NUM_KILLS):
             if number % 2 == 0 and number // 2 < NUM_SWEEPS:
                 home.submit(names[number // 2], seconds=moments.uniform(0.5, 1.5))
-            if number in (9, 19):
+            if number in (10, 20):  # the one just submitted has not ended
                 paused.add(pause_one(home))
             known = [record.name for record in home.queue.page().items]
             ended = [name for name in known if home.files(name).state().phase == "ended"]

@@ -186,7 +186,7 @@ def test_a_sweep_that_runs_outlives_the_service_and_the_next_one_takes_it_up(
 ):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     home = Home(tmp_path / "home")
-    home.submit("long", seconds=4.0)
+    home.submit("long", holds=["training"])
     try:
         with opened_service(home.paths.home, runner=local_runner()) as services:
             with working(services):
@@ -195,6 +195,7 @@ def test_a_sweep_that_runs_outlives_the_service_and_the_next_one_takes_it_up(
             assert begun is not None
             os.kill(begun.pid, 0)  # it is there
         assert home.state("long") == State.RUNNING
+        home.let_go("training")
         until(lambda: home.ledger_state("long") == State.SUCCEEDED)
 
         with opened_service(home.paths.home, runner=local_runner()) as services, working(services):
