@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@if command -v uv >/dev/null 2>&1; then set -ex; \
 	  test -x $(BIN)/python || uv venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV); \
 	  uv pip install --quiet --python $(BIN)/python -c constraints.txt $(BUILD); \
-	  uv pip install --quiet --python $(BIN)/python -c constraints.txt --no-build-isolation -e ".[dev]"; \
+	  uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt --no-build-isolation -e ".[dev]"; \
 	else set -ex; \
 	  test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV); \
 	  $(BIN)/python -m pip install --quiet -c constraints.txt $(BUILD); \
@@ -47,8 +47,10 @@ $(STAMP): pyproject.toml constraints.txt
 sweep: $(STAMP) ## Run the shipped sweep on this machine's CPU, with a report and MLflow runs.
 	$(BIN)/fairway run quickstart
 
+# Hundreds of processes import the packages: compiled once, also where Python may not write it down.
 # What starts Ray stays in one process and goes first: tests/conftest.py.
 test: $(STAMP) ## Run all tests, JOBS files at once; the last line is pytest's.
+	@$(BIN)/python -m compileall -q service trainer tests
 	@$(BIN)/pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP) types ## Check format, lint, imports and types.
