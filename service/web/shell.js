@@ -45,9 +45,15 @@ export function showUser(hasToken) {
   byId("sign-out").hidden = !hasToken;
 }
 
+let answer = () => {};
+byId("dialog").addEventListener("close", ({ target }) => {
+  if (!target.open) answer(target.returnValue === "yes");
+});
+
 /** Ask before what can't be undone; resolves to whether it was confirmed. Esc declines. */
 export function confirm({ heading, text, yes, no }) {
   const dialog = byId("dialog");
+  answer(dialog.returnValue === "yes"); // the question before, whose end is told later than it ends
   fill(byId("dialog-title"), heading);
   fill(byId("dialog-text"), text);
   fill(byId("dialog-yes"), yes);
@@ -55,6 +61,6 @@ export function confirm({ heading, text, yes, no }) {
   dialog.returnValue = "no";
   dialog.showModal();
   return new Promise((resolve) => {
-    dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true });
+    answer = resolve;
   });
 }
