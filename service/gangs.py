@@ -7,6 +7,7 @@ tells a gang that it is over, and its ranks return. What dies all the same, the 
 """
 
 import logging
+import math
 import threading
 import time
 import uuid
@@ -69,6 +70,7 @@ class GangPool:
         self._runs: dict[str, _Run] = {}
         self._all_controllers: set[str] = set()
         self._waiting: list[dict[str, Any]] = []
+        self._placed_at = -math.inf  # when a gang was last seen to have its place
         self._is_over = threading.Event()
 
     def __enter__(self) -> "GangPool":
@@ -215,8 +217,11 @@ class GangPool:
         return set().union(*(run.controllers for run in list(self._runs.values())))
 
     def _any_has_place(self) -> bool:
+        """Whether a gang has its place, or had it while the one that now gives up was waiting."""
         ours = self._controllers()
-        return any(group.creator in ours and not group.is_waiting for group in janitor.groups())
+        if any(group.creator in ours and not group.is_waiting for group in janitor.groups()):
+            return True
+        return time.monotonic() - self._placed_at < self.resources.start_timeout_s
 
     def _unschedulable(self) -> str:
         lack = shortage(self.resources, free_resources()) or "the place was taken by others"
@@ -235,9 +240,10 @@ class GangPool:
             try:
                 free = free_resources()  # before the table: a group made between is not missed
                 ours = self._controllers()
-                is_waiting = bool(ours) and any(
-                    group.is_waiting and group.creator in ours for group in janitor.groups()
-                )
+                groups = [g for g in janitor.groups() if g.creator in ours] if ours else []
+                is_waiting = any(group.is_waiting for group in groups)
+                if not all(group.is_waiting for group in groups):
+                    self._placed_at = time.monotonic()
                 # Twice in a row: what a gang that just ended had is free a moment later.
                 lack = shortage(self.resources, free) if is_waiting and lacking else None
                 lacking = is_waiting
