@@ -42,7 +42,7 @@ QUIET = (
     "--no-first-run",
 )
 DESKTOP, PHONE = (1280, 900), (390, 844)
-PATIENCE_MS = 30_000
+PATIENCE_MS = 240_000
 PICTURES = ("service-list.png", "service-sweep.png", "service-phone.png")
 SPACE = {
     WARMDOWN: [2000, 2500, 3000, 3500],
@@ -61,7 +61,9 @@ def find_chromium() -> str | None:
 def launched() -> Iterator[Browser]:
     """A headless Chromium that calls nobody by itself."""
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=[*QUIET])
+        browser = playwright.chromium.launch(
+            executable_path=find_chromium(), args=[*QUIET], timeout=PATIENCE_MS
+        )
         try:
             yield browser
         finally:
@@ -99,8 +101,8 @@ def opened_page(
     )
     watch = Watch()
     try:
+        context.set_default_timeout(PATIENCE_MS)
         page = context.new_page()
-        page.set_default_timeout(PATIENCE_MS)
         page.on("console", watch.hear)
         page.on("pageerror", lambda error: watch.errors.append(str(error)))
         page.on("request", watch.see)

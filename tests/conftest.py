@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests import tiny
 from trainer.data.shards import Dataset
@@ -15,8 +15,18 @@ from trainer.data.shards import Dataset
 # Sums depend on how many threads share them; read when torch is imported, here and in children.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+# How long a machine takes, which may stand still for half a minute, says nothing about the code:
+# no example is too slow, and no server out of reach before it has had time to answer.
+settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("repeatable")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
+os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
 
 # Two clusters at once on two cores keep one another from starting in time.
 _START_RAY = {

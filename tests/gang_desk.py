@@ -3,14 +3,17 @@
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import ray
 import torch
 
+from service import gangs
 from service.gangs import GangPool
 from service.judge import AgainstReference
 from service.specs import ReferenceCurve, Resources
@@ -20,9 +23,9 @@ from trainer.codec import dump
 from trainer.runtime.tensors import load_tensors, saved_names
 from trainer.specs.task import train_task
 
-RESOURCES = Resources(workers=2, start_timeout_s=15)
 # Ray and its workers start slowly where the cores are busy with other work.
 PATIENCE_S = 240.0
+RESOURCES = Resources(workers=2, start_timeout_s=PATIENCE_S)
 # Stops whatever is validated on its way.
 JUDGE = AgainstReference(ReferenceCurve(training="reference"), {0: 0.1})
 
@@ -107,6 +110,14 @@ def workers() -> dict[int, int]:
     return {i: a["Pid"] for i, a in enumerate(actors) if a["ActorClassName"] == "RayTrainWorker"}
 
 
-def open_pool(tmp: Path, num_gangs: int = 1, **values: Any) -> GangPool:
+@contextmanager
+def open_pool(tmp: Path, num_gangs: int = 1, **values: Any) -> Iterator[GangPool]:
+    """A pool that gives nothing up for want of haste: neither its workers nor what they leave."""
     resources = replace(RESOURCES, **values)
-    return GangPool(resources, num_gangs, 1, JUDGE, str(tmp / "ray"))
+    pool = GangPool(resources, num_gangs, 1, JUDGE, str(tmp / "ray"), idle_s=PATIENCE_S)
+    pool._broker_options["meeting_s"] = PATIENCE_S
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gangs, "LEAVE_S", PATIENCE_S)
+        patch.setattr(gangs, "CLEAR_S", PATIENCE_S)
+        with pool:
+            yield pool

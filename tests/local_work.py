@@ -9,6 +9,7 @@ import torch
 from trainer.errors import DataError
 from trainer.evaluate.progress import Progress
 from trainer.runtime.distributed import Ranks
+from trainer.runtime.files import write_text
 
 
 def add_up(request: int, ranks: Ranks, progress: Progress) -> int:
@@ -19,7 +20,7 @@ def add_up(request: int, ranks: Ranks, progress: Progress) -> int:
 
 def wait_for_ever(request: Path, ranks: Ranks, progress: Progress) -> None:
     """Leave a file by the process's id; the first waits in a collective, the others asleep."""
-    (request / f"{ranks.rank}.pid").write_text(str(os.getpid()))
+    write_text(request / f"{ranks.rank}.pid", str(os.getpid()))
     if ranks.rank:
         time.sleep(600)
     ranks.barrier()

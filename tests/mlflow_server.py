@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
@@ -12,8 +11,9 @@ from typing import Any
 from service.paths import Paths
 from service.runs import ID_TAG, SWEEP_TAG
 from service.tracking import ui_command
+from tests.ports import free_port
 
-START_S = 120.0
+START_S = 300.0  # on a busy machine
 
 
 class MlflowServer:
@@ -55,7 +55,7 @@ class MlflowServer:
 
     def _answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=10):
                 return True
         except OSError:
             return False
@@ -66,12 +66,6 @@ class MlflowServer:
 
     def __exit__(self, *error: object) -> None:
         self.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def runs_of(client: Any, sweep_id: str) -> dict[str, Any]:

@@ -190,11 +190,11 @@ class PostgresServer:
     def start(self) -> None:
         options = f"-c fsync=off -c listen_addresses='' -c unix_socket_directories='{self.folder}'"
         log = str(self.folder / "log")
-        self._run("pg_ctl", "-D", self._data, "-l", log, "-w", "-o", options, "start")
+        self._run("pg_ctl", "-D", self._data, "-l", log, "-w", "-t", "300", "-o", options, "start")
 
     def stop(self) -> None:
         """Stop it as a crash would: nothing is flushed or said goodbye to."""
-        self._run("pg_ctl", "-D", self._data, "-m", "immediate", "-w", "stop")
+        self._run("pg_ctl", "-D", self._data, "-m", "immediate", "-w", "-t", "300", "stop")
 
     def create(self) -> None:
         who = ["-U", "fairway", "-A", "trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
@@ -215,7 +215,7 @@ class PostgresServer:
 
     @property
     def _url(self) -> str:
-        return f"postgresql+psycopg://fairway@/postgres?host={self.folder}"
+        return f"postgresql+psycopg://fairway@/postgres?host={self.folder}&connect_timeout=240"
 
     def _run(self, tool: str, *arguments: str) -> None:
         done = subprocess.run(
@@ -225,7 +225,7 @@ class PostgresServer:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,  # a pipe would be kept open by the server
             stderr=subprocess.DEVNULL,
-            timeout=60,
+            timeout=400,
         )
         assert done.returncode == 0, f"{tool} failed; its log:\n{self._log()}"
 

@@ -1,6 +1,7 @@
 """Stands in for `fairway run` where the service as a whole is tested: a submission's real plan,
 its real ids and a real ledger, but nothing trained. A stage takes `limits.infra_retries` tenths of
-a second: a field that enters no identity.
+a second: a field that enters no identity. A sweep named NAME finishes nothing as long as there is
+a file HOME/hold-NAME.
 
 Every start leaves a line "SWEEP_ID ATTEMPT" in HOME/starts.txt.
 """
@@ -41,7 +42,7 @@ def main() -> int:
     with Ledger(folder.ledger) as ledger:
         orders.forget_older()
         try:
-            work(sweep, plan, ledger, orders)
+            work(sweep, plan, ledger, orders, paths.home / f"hold-{sweep.spec.name}")
         except Told as told:
             state, reason = told.args
             ledger.append("sweep_finished", state=state, cache_hits=0, reason=reason)
@@ -50,7 +51,7 @@ def main() -> int:
     return 0
 
 
-def work(sweep: Sweep, plan: Plan, ledger: Ledger, orders: Orders) -> None:
+def work(sweep: Sweep, plan: Plan, ledger: Ledger, orders: Orders, hold: Path) -> None:
     """Write down every training and final that is not there yet."""
     pause_s = sweep.spec.limits.infra_retries / 10
     start(sweep, plan, ledger)
@@ -59,14 +60,14 @@ def work(sweep: Sweep, plan: Plan, ledger: Ledger, orders: Orders) -> None:
         facts |= {"seed": training.seed, "phase": "search"}
         if training.id not in ledger.view.trainings:
             ledger.append("training_started", **facts, branch=None)
-            take(pause_s, orders)
+            take(pause_s, orders, hold)
             ended = {"state": "succeeded", "reason": None, "cached": False, "tries": 1}
             result = train_result(10.0)
             ledger.append("training_finished", **facts, **ended, occupied_s=pause_s, result=result)
     for final in plan.finals:
         known = ledger.view.finals.get(final.id)
         if known is None or known["state"] in RETRIED:
-            take(pause_s / 4, orders)
+            take(pause_s / 4, orders, hold)
             ledger.append(
                 "final_scored",
                 final=final.id,
@@ -102,17 +103,17 @@ def start(sweep: Sweep, plan: Plan, ledger: Ledger) -> None:
     )
 
 
-def take(seconds: float, orders: Orders) -> None:
-    """Let time pass, unless somebody wants it otherwise."""
+def take(seconds: float, orders: Orders, hold: Path) -> None:
+    """Let time pass until nothing holds us any more, unless somebody wants it otherwise."""
     until = time.monotonic() + seconds
     while True:
         order = orders.now()
         if order is not None:
             raise Told(order.state, order.reason)
         left = until - time.monotonic()
-        if left <= 0:
+        if left <= 0 and not hold.exists():
             return
-        time.sleep(min(0.05, left))
+        time.sleep(min(0.05, left) if left > 0 else 0.05)
 
 
 if __name__ == "__main__":

@@ -11,18 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import pytest
 from starlette.testclient import TestClient
 
+from service.api import planner
 from service.api.app import make_app
 from service.api.lifespan import Server, address_of, listen, opened
 from service.api.services import Services
 from service.api.settings import Settings
 from service.jobs.runner import Runner
+from service.queue import database
 from service.queue.records import Role
 from tests import tiny
 from trainer.codec import to_yaml
 from trainer.data.shards import Dataset
 
+PATIENCE_S = 240
+"""For whoever waits for an answer, a turn or a plan: a busy machine may stand still for a while."""
 SWEEP: dict[str, Any] = {
     "name": "micro",
     "recipe": "micro.yaml",
@@ -51,8 +56,12 @@ def opened_service(
     home: Path, *, runner: Runner | None = None, **changes: Any
 ) -> Iterator[Services]:
     """A service's parts, none of them running."""
-    with opened(Settings(home=home, port=0, **changes), runner) as services:
-        yield services
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(database, "BUSY_S", PATIENCE_S)
+        patch.setattr(planner, "WAIT_S", PATIENCE_S)
+        with opened(Settings(home=home, port=0, **changes), runner) as services:
+            services.planner._timeout_s = PATIENCE_S
+            yield services
 
 
 def token(services: Services, user: str, role: str) -> dict[str, str]:
@@ -78,7 +87,9 @@ def served(services: Services) -> Iterator[httpx2.Client]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            with httpx2.Client(base_url=address_of(listener), trust_env=False) as client:
+            with httpx2.Client(
+                base_url=address_of(listener), trust_env=False, timeout=PATIENCE_S
+            ) as client:
                 yield client
         finally:
             services.stopping.set()

@@ -44,7 +44,7 @@ class Cli:
     def command(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "service", *words, "--home", str(self.home)]
 
-    def __call__(self, *words: str, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
+    def __call__(self, *words: str, timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.command(*words),
             capture_output=True,

@@ -29,7 +29,7 @@ from tests.integration.conftest import (
 
 # Starts of Ray; on a machine that is busy with other work they take minutes.
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore::ResourceWarning")]
-PATIENCE_S = 400.0
+PATIENCE_S = 900.0
 DETERMINED = ["weights_sha256", "artifact_bytes", "entry"]
 
 

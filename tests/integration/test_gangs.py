@@ -1,9 +1,10 @@
 """Warm gangs on a real local Ray: what they give back, and what happens when anything dies."""
 
+import itertools
 import os
 import signal
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import pytest
 import ray
@@ -20,7 +21,9 @@ from trainer.runtime.files import read_json, write_json
 from trainer.specs.task import Departure
 
 # Ray and its workers start slowly where the cores are busy with other work.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
+
+A = TypeVar("A")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,23 @@ def undisturbed(desk: Desk) -> dict[str, Any]:
     outcome = desk.run(desk.job("undisturbed", **LONG))
     assert outcome["state"] == "succeeded"
     return outcome | {"events": told(desk.pool)}
+
+
+def halted(
+    desk: Desk, name: str, num_lines: int, ask: Callable[[dict[str, Any]], A]
+) -> tuple[dict[str, Any], A, int]:
+    """A long training of which one worker stands still once it has written so many lines: the job,
+    who asked for it, the worker. One that was over before we looked is another's turn."""
+    for number in itertools.count():
+        job = desk.job(f"{name}-{number}", **LONG)
+        asked = ask(job)
+        until(lambda job=job: len(desk.lines(job["id"])) > num_lines)
+        worker = workers().popitem()[1]
+        os.kill(worker, signal.SIGSTOP)
+        if job["id"] in desk.pool.running():
+            return job, asked, worker
+        os.kill(worker, signal.SIGCONT)
+    raise AssertionError
 
 
 def test_a_gang_says_what_it_runs_on_when_it_starts(undisturbed: dict[str, Any]):
@@ -142,17 +162,19 @@ def test_a_training_that_another_machine_began_is_told_with_both(
 def test_a_killed_caller_finds_its_job_under_way_and_it_is_done_once(
     desk: Desk, undisturbed: dict[str, Any]
 ):
-    job = desk.job("attached", **LONG)
-    caller = ray.remote(num_cpus=0)(call).remote(desk.pool.broker_name, job)
-    until(lambda: len(desk.lines("attached")) > 5)
+    ask = ray.remote(num_cpus=0)(call)
+    job, caller, worker = halted(
+        desk, "attached", 5, lambda job: ask.remote(desk.pool.broker_name, job)
+    )
     ray.cancel(caller, force=True)
 
-    seconds = desk.pool.running()["attached"]
+    seconds = desk.pool.running()[job["id"]]
+    os.kill(worker, signal.SIGCONT)
     outcome = desk.run(job)
 
     assert (outcome["state"], outcome["tries"]) == ("succeeded", 1)
     assert outcome["occupied_s"] > seconds > 0
-    assert desk.result("attached")["steps_computed"] == 200
+    assert desk.result(job["id"])["steps_computed"] == 200
 
 
 def test_a_job_that_is_done_is_not_done_again(desk: Desk, undisturbed: dict[str, Any]):
@@ -162,15 +184,14 @@ def test_a_job_that_is_done_is_not_done_again(desk: Desk, undisturbed: dict[str,
 
 
 def test_a_killed_worker_costs_a_try_and_no_result(desk: Desk, undisturbed: dict[str, Any]):
-    asked = desk.start(desk.job("killed", **LONG))
-    until(lambda: len(desk.lines("killed")) > 80)
-    os.kill(workers().popitem()[1], signal.SIGKILL)
+    job, asked, worker = halted(desk, "killed", 80, desk.start)
+    os.kill(worker, signal.SIGKILL)
 
     outcome = asked.outcome()
 
     assert (outcome["state"], outcome["tries"]) == ("succeeded", 2)
-    assert desk.result("killed")["steps_computed"] <= 140  # went on from its checkpoint
-    assert_same_bits(desk.bank("killed"), desk.bank("undisturbed"))
+    assert desk.result(job["id"])["steps_computed"] <= 140  # went on from its checkpoint
+    assert_same_bits(desk.bank(job["id"]), desk.bank("undisturbed"))
 
 
 def test_what_does_not_fit_into_memory_fails_at_once_and_the_next_job_runs(

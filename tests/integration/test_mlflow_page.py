@@ -11,6 +11,7 @@ from service import tracking
 from service.projector import DEFAULT_PORT, Projection
 from service.report import final_rows
 from tests.ledgers import CLIP, WARMDOWN, Sweep
+from tests.ports import free_port
 from trainer.runtime.environment import quiet_mlflow
 
 quiet_mlflow()
@@ -41,8 +42,12 @@ def projection(sweep: Sweep) -> Projection:
 
 @pytest.fixture(scope="module")
 def address(sweep: Sweep, projection: Projection) -> Iterator[str]:
-    with page.serving(sweep.paths) as served:
-        yield served
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "free_port", free_port)
+        patch.setattr(page, "START_S", 300.0)
+        patch.setattr(page, "LOAD_S", 240.0)
+        with page.serving(sweep.paths) as served:
+            yield served
 
 
 def at(address: str, link: str) -> str:
@@ -67,7 +72,7 @@ def test_printed_command_serves_the_runs_and_their_artifacts(
     run_id = next(iter(projection.run_ids.values()))
     link = f"{address}/get-artifact?path=task.json&run_uuid={run_id}"
 
-    with urllib.request.urlopen(link, timeout=30) as answer:
+    with urllib.request.urlopen(link, timeout=240) as answer:
         text = answer.read().decode()
 
     assert '"seed": 1337' in text
@@ -92,9 +97,11 @@ def test_chart_link_shows_every_knob_against_the_score(
 ) -> None:
     link = at(address, projection.link)
 
-    axes = asyncio.run(look(link, page.CHARTS_STAND, PARALLEL_AXES))
-
     knobs = ["warmdown_iters", "ema_decay", "clip", "prune.ratio"]
+    stands = f"({page.CHARTS_STAND}) && {PARALLEL_AXES}.length > {len(knobs)}"
+
+    axes = asyncio.run(look(link, stands, PARALLEL_AXES))
+
     assert axes == [*knobs, "final/val_bpb"]
 
 

@@ -21,7 +21,8 @@ from service.outbox_health import read_health
 from service.paths import Paths
 from service.tracking import only_projector
 from tests.ledgers import CLIP, EMA, PRUNE, WARMDOWN, Sweep, curve_lines, stage_id
-from tests.mlflow_server import MlflowServer, contents, free_port, runs_of
+from tests.mlflow_server import MlflowServer, contents, runs_of
+from tests.ports import free_port
 from trainer.runtime.environment import quiet_mlflow
 from trainer.runtime.files import read_json
 
@@ -36,6 +37,7 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["service.outbox", "service.plots", "mlflow"])
 
 SMALL = {WARMDOWN: [2500], EMA: [0.997], CLIP: ["none", "p5"], PRUNE: [0.0, 0.05]}
+PATIENCE_S = 300.0
 NOT_A_PROCESS = 2**22 + 1  # above the kernel's highest pid
 
 
@@ -80,10 +82,10 @@ def client(uri: str) -> Any:
     return mlflow.MlflowClient(uri)
 
 
-def until(holds: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
     while not holds():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
+        assert time.monotonic() < deadline, f"not within {PATIENCE_S} s"
         time.sleep(0.1)
 
 
@@ -152,7 +154,7 @@ def test_what_mlflow_holds_equals_the_ledger_though_it_and_the_outbox_were_kille
 ) -> None:
     sweep = small(tmp_path, "live-1")
     is_back = threading.Event()
-    pauses = iter([lambda: time.sleep(1.0)] * 4 + [lambda: is_back.wait(60)])
+    pauses = iter([lambda: time.sleep(1.0)] * 4 + [lambda: is_back.wait(2 * PATIENCE_S)])
 
     def pause() -> None:
         next(pauses, lambda: time.sleep(0.5))()
@@ -160,11 +162,11 @@ def test_what_mlflow_holds_equals_the_ledger_though_it_and_the_outbox_were_kille
     with MlflowServer(tmp_path) as server, OutboxProcess(tmp_path, server.uri) as outbox:
         with in_thread(lambda: write_slowly(sweep, pause)):
             try:
-                until(lambda: num_written(sweep) >= 2, 60)
+                until(lambda: num_written(sweep) >= 2)
                 outbox.kill()
                 server.kill()
                 outbox.start()
-                until(lambda: is_out_of_reach(sweep), 60)
+                until(lambda: is_out_of_reach(sweep))
                 outbox.kill()
                 outbox.start()
                 server.start()
@@ -172,10 +174,12 @@ def test_what_mlflow_holds_equals_the_ledger_though_it_and_the_outbox_were_kille
                 is_back.set()
             time.sleep(1.0)
             outbox.kill()
+            killed_at = time.time()
             outbox.start()
-        until(lambda: num_written(sweep) == num_events(sweep), 60)
+        until(lambda: num_written(sweep) == num_events(sweep))
+        until(lambda: has_told_since(sweep, killed_at))  # it is up, and answers signals
         outbox.process.terminate()
-        outbox.process.join(10)
+        outbox.process.join(PATIENCE_S)
         assert outbox.process.exitcode == 0
         client = mlflow.MlflowClient(tracking.default_uri(sweep.paths))  # the server's own store
         caught_up = contents(client, "live-1")
@@ -191,6 +195,11 @@ def test_what_mlflow_holds_equals_the_ledger_though_it_and_the_outbox_were_kille
 def is_out_of_reach(sweep: Sweep) -> bool:
     health = read_health(sweep.paths)
     return health is not None and health.trouble is not None
+
+
+def has_told_since(sweep: Sweep, at: float) -> bool:
+    health = read_health(sweep.paths)
+    return health is not None and health.at > at
 
 
 def test_a_sweep_is_followed_live_and_let_go_when_it_is_over(
@@ -350,9 +359,9 @@ def test_a_thousand_finished_sweeps_cost_no_more_than_a_look(tmp_path: Path) -> 
     outbox = Outbox(sweep.paths, nowhere)
 
     is_all_there = outbox.step()
-    started = time.monotonic()
+    started = time.thread_time()
     outbox.step()
-    took_s = time.monotonic() - started
+    took_s = time.thread_time() - started
     with sweep.open() as writer:
         sweep.start(writer)
     was_reached = outbox.step()
@@ -367,7 +376,11 @@ def test_a_thousand_finished_sweeps_cost_no_more_than_a_look(tmp_path: Path) -> 
     assert nowhere in told.trouble
 
 
-def test_nothing_is_asked_of_a_server_out_of_reach_before_its_time(tmp_path: Path) -> None:
+def test_nothing_is_asked_of_a_server_out_of_reach_before_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("POLL_S", "MAX_BACKOFF_S"):
+        monkeypatch.setattr(f"service.outbox.{name}", 3_600.0)  # its time does not come here
     for number in range(5):
         small(tmp_path, f"waits-{number}").write()
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -387,8 +400,7 @@ def test_nothing_is_asked_of_a_server_out_of_reach_before_its_time(tmp_path: Pat
         with in_thread(hang_up):
             outbox.step()
             after_one = num_asked
-            wanted = time.monotonic() + 0.6
-            while time.monotonic() < wanted:
+            for _ in range(20):
                 outbox.step()
             listener.shutdown(socket.SHUT_RDWR)
 
@@ -402,23 +414,23 @@ def test_told_to_end_the_outbox_ends_while_the_server_hangs(tmp_path: Path) -> N
     with socket.create_server(("127.0.0.1", 0)) as listener:
         uri = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with OutboxProcess(tmp_path, uri) as outbox:
-            listener.settimeout(60)
+            listener.settimeout(PATIENCE_S)
             connection, _ = listener.accept()
             started = time.monotonic()
             outbox.process.terminate()
-            outbox.process.join(30)
+            outbox.process.join(PATIENCE_S)
             took_s = time.monotonic() - started
             connection.close()
 
     assert outbox.process.exitcode == 0
-    assert took_s < 5
+    assert took_s < 60  # a request is given up after twice as long
 
 
 def test_the_outbox_ends_with_the_service_that_it_serves(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "service.outbox", "--home", str(tmp_path)]
     command += ["--uri", "http://127.0.0.1:9", "--parent-pid", str(NOT_A_PROCESS)]
 
-    done = subprocess.run(command, timeout=60, capture_output=True, text=True)
+    done = subprocess.run(command, timeout=PATIENCE_S, capture_output=True, text=True)
 
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -429,7 +441,7 @@ def test_once_says_by_its_exit_code_that_something_is_left(tmp_path: Path) -> No
     sweep.paths.sweep("left-1").ledger.write_text("{}\n")
     command = [sys.executable, "-m", "service.outbox", "--home", str(tmp_path), "--once"]
 
-    done = subprocess.run(command, timeout=60, capture_output=True, text=True)
+    done = subprocess.run(command, timeout=PATIENCE_S, capture_output=True, text=True)
 
     assert done.returncode == 5
     assert "line 1 is damaged" in done.stderr

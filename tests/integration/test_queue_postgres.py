@@ -1,19 +1,20 @@
 """What only PostgreSQL can do to the queue: go away, crash, and serve several services."""
 
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
 from sqlalchemy import Engine
 
-from service.queue import schema
+from service.queue import database, schema
 from service.queue.database import is_reachable, open_database, writing
 from service.queue.queue import Queue
 from service.states import State
 from tests import queues
 from tests.queues import ANN, new_sweep
 from trainer.errors import BackendError
+
+PATIENCE_S = 240
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,8 @@ def url(server: queues.PostgresServer) -> str:
 
 
 @pytest.fixture
-def engine(url: str) -> Iterator[Engine]:
+def engine(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    monkeypatch.setattr(database, "BUSY_S", PATIENCE_S)
     engine = open_database(url)
     yield engine
     engine.dispose()
@@ -69,8 +71,9 @@ def test_a_server_out_of_reach_is_named_without_its_password() -> None:
 def test_a_writer_that_stands_still_loses_its_turn_and_writes_nothing(
     url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.queue.database.BUSY_S", 0.5)
     stuck = open_database(url)
+    stuck.dispose()  # its next connection is an impatient one
+    has_turn, is_through = threading.Event(), threading.Event()
 
     def stand_still() -> None:
         with writing(stuck) as db:
@@ -81,9 +84,8 @@ def test_a_writer_that_stands_still_loses_its_turn_and_writes_nothing(
                 )
             )
             has_turn.set()
-            time.sleep(1.5)
+            is_through.wait(PATIENCE_S)
 
-    has_turn = threading.Event()
     told: list[BackendError] = []
 
     def run() -> None:
@@ -91,11 +93,15 @@ def test_a_writer_that_stands_still_loses_its_turn_and_writes_nothing(
             stand_still()
         except BackendError as error:
             told.append(error)
+            has_turn.set()  # lost before the last word
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    assert has_turn.wait(30)
-    Queue(engine).submit(new_sweep(), ANN)  # waits its 15 s if it has to
+    with monkeypatch.context() as impatient:
+        impatient.setattr(database, "BUSY_S", 0.5)
+        thread = threading.Thread(target=run)
+        thread.start()
+        assert has_turn.wait(PATIENCE_S)
+    Queue(engine).submit(new_sweep(), ANN)  # waits as long as it has to
+    is_through.set()
     thread.join()
     stuck.dispose()
 
@@ -106,7 +112,7 @@ def test_a_writer_that_stands_still_loses_its_turn_and_writes_nothing(
 def test_a_new_database_may_be_opened_by_many_at_once(url: str) -> None:
     openers = [queues.in_another_process("open_and_close", url) for _ in range(3)]
 
-    told = [opener.communicate(timeout=60)[0] for opener in openers]
+    told = [opener.communicate(timeout=PATIENCE_S)[0] for opener in openers]
 
     assert told == ["true\n"] * 3
 

@@ -6,8 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,24 @@ constraints: [artifact_bytes <= 1_000_000, audit == pass]
 """
 
 
+# The command line, whose MLflow goes between the look that it is there and the last word to it.
+LOSING = """\
+from pathlib import Path
+from service import replay_run
+from service.cli import main
+
+write_run = replay_run.write_run
+
+def lose(*words):
+    assert Path({database!r}).stat().st_size
+    Path({database!r}).write_bytes(b"no database any more" * 100)
+    return write_run(*words)
+
+replay_run.write_run = lose
+main()
+"""
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Scored:
     root = tmp_path_factory.mktemp("scored")
@@ -47,14 +64,16 @@ def sheet(home: Scored) -> Sheet:
     return read_sheet(home.sheet(home.finals()[0]))
 
 
-def replay(home: Path, *words: object, code: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def replay(
+    home: Path, *words: object, code: Path = ROOT, program: Sequence[str] = ("-m", "service")
+) -> subprocess.CompletedProcess[str]:
     """The real command line, on a home of its own."""
-    command = [sys.executable, "-m", "service", "replay", *map(str, words)]
+    command = [sys.executable, *program, "replay", *map(str, words)]
     return subprocess.run(
         [*command, "--home", str(home), "-o", "json"],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
         cwd=code,
         env={**os.environ, "PYTHONPATH": str(code)},
     )
@@ -127,19 +146,11 @@ def test_an_allowed_other_compressor_goes_on_from_a_folder_with_a_sheet(
 def test_a_result_is_printed_though_mlflow_is_lost_on_the_way(
     home: Scored, sheet: Sheet, tmp_path: Path
 ) -> None:
-    database, kept = tmp_path / "mlflow.db", tmp_path / "kept"
-    uri = f"sqlite:///{database}"
+    database = tmp_path / "mlflow.db"
+    words = [sheet.final, "--tracking-uri", f"sqlite:///{database}"]
 
-    def lose() -> None:
-        while not kept.exists():  # nothing is trained before the server has answered
-            time.sleep(0.05)
-        database.write_bytes(b"no database any more" * 100)
+    done = replay(home.paths.home, *words, program=["-c", LOSING.format(database=str(database))])
 
-    thread = threading.Thread(target=lose, daemon=True)
-    thread.start()
-    done = replay(home.paths.home, sheet.final, "--tracking-uri", uri, "--keep", kept)
-
-    thread.join()
     assert done.returncode == BackendError.exit_code, done.stderr
     assert json.loads(done.stdout)["same"]
     assert "not_in_mlflow" in done.stderr
@@ -221,7 +232,7 @@ def test_the_recipe_of_a_sheet_gives_the_same_weights_without_the_service(
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
         env={**os.environ, "PYTHONPATH": os.getcwd()},
     )
 

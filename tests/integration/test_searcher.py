@@ -30,7 +30,7 @@ from service.talk import Talk
 from service.trials import Work
 from trainer.data.shards import Dataset
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 SWEEP = """\
 name: dying
 recipe: tiny

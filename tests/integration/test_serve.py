@@ -95,7 +95,9 @@ def test_a_service_serves_and_leaves_cleanly(cli: Cli, number: signal.Signals):
     with cli.serving() as (process, address):
         assert "everybody on this machine is its admin" in cli.log()
         secret = cli("token", "create", "ada", "--role", "admin").stdout.strip()
-        with httpx2.Client(base_url=f"{address}/api/v1", trust_env=False, timeout=30) as client:
+        with httpx2.Client(
+            base_url=f"{address}/api/v1", trust_env=False, timeout=PATIENCE_S
+        ) as client:
             assert client.get("/me").status_code == 401
             client.headers["Authorization"] = f"Bearer {secret}"
             assert client.get("/me").json()["user"] == "ada"

@@ -139,7 +139,7 @@ def call(*words: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         cwd=cwd,
         env=environment,
-        timeout=170,
+        timeout=500,
         check=False,
     )
 

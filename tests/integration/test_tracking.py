@@ -48,7 +48,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         subprocess.Popen([*command, sweep, *rest], stderr=subprocess.PIPE, text=True)
         for sweep, rest in options.items()
     ]
-    said = [process.communicate(timeout=120)[1] for process in started]
+    said = [process.communicate(timeout=480)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     return home
 

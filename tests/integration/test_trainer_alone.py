@@ -28,7 +28,7 @@ def trainer_alone(*arguments, cwd):
         text=True,
         cwd=cwd,
         env=environment,
-        timeout=240,
+        timeout=480,
     )
 
 

@@ -1,7 +1,6 @@
 """A training as a whole: its bank is a function of its task, whatever happens on the way."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.ticking import trainings_tick
 from trainer.codec import to_yaml
 from trainer.errors import TrainingError, UsageError
 from trainer.run import check_parity, is_trained, load_training, train
@@ -23,7 +23,7 @@ from trainer.specs.task import train_task
 from trainer.train import loop
 
 ALONE = Ranks()
-LAUNCH_TIMEOUT_S = 240
+LAUNCH_TIMEOUT_S = 480
 
 
 def task_of(**values):
@@ -157,16 +157,16 @@ def launch(recipe_file, dataset, out, *launcher):
 def test_a_training_killed_in_the_middle_resumes_to_the_same_bits(tiny_dataset, tmp_path):
     recipe = tiny.recipe({"train.iterations": 200, "observe.checkpoint_every": 10})
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
-    killed = tmp_path / "out" / "training"
-    worker = launch(tmp_path / "recipe.yaml", tiny_dataset, tmp_path / "out")
-    deadline = time.monotonic() + LAUNCH_TIMEOUT_S
-    while not any(killed.glob("checkpoint/*/index.json")) and time.monotonic() < deadline:
-        assert worker.poll() is None, worker.stderr.read()
-        time.sleep(0.01)
-
-    os.kill(worker.pid, signal.SIGKILL)
-    worker.communicate()
-    assert not (killed / "result.json").exists()
+    for number in range(9):  # one may be over before we look
+        killed = tmp_path / f"out-{number}" / "training"
+        worker = launch(tmp_path / "recipe.yaml", tiny_dataset, killed.parent)
+        while not any(killed.glob("checkpoint/*/index.json")) and worker.poll() is None:
+            time.sleep(0.01)
+        worker.kill()
+        _, talk = worker.communicate()
+        if not (killed / "result.json").exists():
+            break
+    assert worker.returncode == -signal.SIGKILL, talk
 
     resumed = train(train_task(recipe), tiny_dataset, killed, ALONE)
     train(train_task(recipe), tiny_dataset, tmp_path / "straight", ALONE)
@@ -272,7 +272,8 @@ def test_a_score_that_is_no_number_stops_the_training_by_its_step(tiny_dataset, 
         train(task, tiny_dataset, tmp_path, ALONE)
 
 
-def test_the_wall_clock_cap_stops_the_training(tiny_dataset, tmp_path):
+def test_the_wall_clock_cap_stops_the_training(tiny_dataset, tmp_path, monkeypatch):
+    trainings_tick(monkeypatch)
     task = task_of(
         train__iterations=1_000_000,
         train__max_clock_s=0.3,
@@ -284,7 +285,7 @@ def test_the_wall_clock_cap_stops_the_training(tiny_dataset, tmp_path):
     result = train(task, tiny_dataset, tmp_path, ALONE)
 
     assert 1 < result.steps < 1_000_000
-    assert 0.3 <= result.train_clock_s < 30
+    assert 0.3 <= result.train_clock_s < 0.5
     assert result.steps == result.steps_computed == max(journal_of(tmp_path, "train/loss"))
     assert min(journal_of(tmp_path, "train/lr_scale").values()) < 0.5
 

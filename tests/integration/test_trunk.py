@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.ticking import trainings_tick
 from trainer.codec import dump, parse
 from trainer.errors import DataError, Stopped, UsageError
 from trainer.results import StateResult
@@ -300,7 +301,7 @@ def run_jobs(root, dataset, jobs, workers=0):
         [sys.executable, *launcher, "-m", "tests.gang_jobs", str(path)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,
         cwd=Path(__file__).resolve().parents[2],
     )
     left = sorted(root.glob("jobs.json.*"))
@@ -427,6 +428,11 @@ def test_a_gang_refuses_a_state_that_is_not_its_own_together(gang):
     assert [told[6].partition(":")[0] for told in gang[1]] == ["UsageError"] * 2
 
 
+@pytest.fixture
+def ticking(monkeypatch):
+    trainings_tick(monkeypatch)
+
+
 def wallclock(**changes):
     schedule = {"basis": "wallclock", "warmdown_iters": 0, **changes}
     swa = {"every": 1, "start": {"progress": 0.25}}
@@ -439,7 +445,7 @@ def wallclock(**changes):
     }
 
 
-def test_by_wall_clock_trainings_depart_when_their_time_has_come(tiny_dataset, tmp_path):
+def test_by_wall_clock_trainings_depart_when_their_time_has_come(ticking, tiny_dataset, tmp_path):
     half = Schedule(basis="wallclock", warmdown_iters=0, warmdown_fraction=0.5)
     states = [
         (Departure(schedule=half), tmp_path / "half"),
@@ -496,7 +502,9 @@ def by_share(share, root):
 
 
 @pytest.mark.parametrize("own_start", [False, True], ids=["own states", "a start of its own"])
-def test_by_wall_clock_no_state_is_left_later_than_its_departure(tiny_dataset, tmp_path, own_start):
+def test_by_wall_clock_no_state_is_left_later_than_its_departure(
+    ticking, tiny_dataset, tmp_path, own_start
+):
     flat = task_of(wallclock() | {"train.averages.swa": None, "train.max_clock_s": 3.0})
     early, late = by_share(0.9, tmp_path), by_share(0.5, tmp_path)
     grow_trunk(flat, tiny_dataset, [late], tmp_path / "first", ALONE)
@@ -509,7 +517,7 @@ def test_by_wall_clock_no_state_is_left_later_than_its_departure(tiny_dataset, t
     assert state_of(early[1]).steps_computed == state_of(early[1]).step
 
 
-def test_by_wall_clock_a_checkpoint_past_a_departure_is_no_start(tiny_dataset, tmp_path):
+def test_by_wall_clock_a_checkpoint_past_a_departure_is_no_start(ticking, tiny_dataset, tmp_path):
     task = task_of(wallclock() | {"train.averages.swa": None, "train.max_clock_s": 3.0})
     early, late = by_share(0.9, tmp_path), by_share(0.1, tmp_path)
     journal = tmp_path / "work" / "trunk" / "metrics.jsonl"

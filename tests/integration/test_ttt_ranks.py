@@ -21,7 +21,7 @@ from trainer.specs.evaluate import Documents, EvaluateSpec
 from trainer.specs.ttt import LoraTtt, OracleTtt, Phases, SgdTtt
 
 ROOT = Path(__file__).resolve().parents[2]
-WORLD_SIZE, TIMEOUT_S = 2, 240
+WORLD_SIZE, TIMEOUT_S = 2, 480
 
 STREAM = EvaluateSpec(window=16, stride=8)
 APART = replace(STREAM, documents=Documents(bos=1))

@@ -19,14 +19,15 @@ import pytest
 
 from service.api.services import Services
 from service.client import Client
+from service.jobs import dispatcher
+from service.jobs.dispatcher import Patience
 from service.jobs.local import LocalRunner
 from service.queue.records import Quota
 from tests.serving import home_with, opened_service, served, submission, token
 from trainer.data.shards import Dataset
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 90.0
-SLOW, QUICK = 40, 1  # tenths of a second that a training takes
+PATIENCE_S = 240.0
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ class Laptop:
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    def file(self, name: str, tenths: int = QUICK, **changes: Any) -> str:
-        """A sweep file and its recipe in this laptop's folder."""
+    def file(self, name: str, tenths: int = 1, **changes: Any) -> str:
+        """A sweep file and its recipe in this laptop's folder. `tenths` of a second: what one of
+        its trainings takes."""
         body = submission(name=name, limits={"infra_retries": tenths}, **changes)
         (self.folder / f"{name}.yaml").write_text(body["sweep"])
         for recipe, text in body["files"].items():
@@ -76,6 +78,16 @@ class Office:
     rita: Laptop
     stranger: Laptop
 
+    def hold(self, name: str) -> None:
+        """Keep the sweep of this name from finishing anything, until it is let go."""
+        self._held(name).touch()
+
+    def let_go(self, name: str) -> None:
+        self._held(name).unlink()
+
+    def _held(self, name: str) -> Path:
+        return self.services.paths.home / f"hold-{name}"
+
     def wait_for(self, sweep_id: str, *states: str) -> dict[str, Any]:
         """Wait until a sweep is in one of these states."""
         deadline = time.monotonic() + PATIENCE_S
@@ -91,6 +103,7 @@ def office(
     tmp_path: Path, tiny_dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Office]:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(dispatcher, "TICK_S", 0.1)
     runner = LocalRunner(program=(sys.executable, "-m", "tests.quick_job"))
     with opened_service(home_with(tmp_path, tiny_dataset), runner=runner) as services:
         secrets = {
@@ -111,6 +124,7 @@ def office(
 @contextmanager
 def dispatching(services: Services) -> Iterator[None]:
     assert services.dispatcher is not None
+    services.dispatcher.patience = Patience(cancel_s=PATIENCE_S, finish_s=PATIENCE_S)
     thread = threading.Thread(target=services.dispatcher.run_forever, args=(services.stopping,))
     thread.start()
     try:
@@ -128,13 +142,15 @@ def started(office: Office) -> list[str]:
 
 def test_sweeps_run_by_priority_then_by_turns_and_one_gang_at_a_time(office: Office) -> None:
     alice, bob = office.alice, office.bob
-    first = alice.json("submit", alice.file("first", SLOW))["id"]
+    office.hold("first")
+    first = alice.json("submit", alice.file("first"))["id"]
     office.wait_for(first, "starting", "running")
     again = alice.json("submit", alice.file("second"))["id"]
     others = bob.json("submit", bob.file("third"))["id"]
     urgent = alice.json("submit", alice.file("fourth"), "--priority", "5")["id"]
 
     waiting = office.wait_for(again, "waiting")
+    office.let_go("first")
     for sweep in (first, again, others, urgent):
         office.wait_for(sweep, "succeeded")
 
@@ -178,7 +194,8 @@ def test_the_same_request_is_the_same_sweep_whoever_sends_it(office: Office) -> 
 
 
 def test_who_has_no_valid_token_is_told_so_and_a_reader_cannot_cancel(office: Office) -> None:
-    sweep = office.alice.json("submit", office.alice.file("guarded", SLOW))["id"]
+    office.hold("guarded")
+    sweep = office.alice.json("submit", office.alice.file("guarded"))["id"]
 
     nobody = office.stranger("ls")
     forged = Laptop(office.stranger.folder, office.stranger.server, "fwy_" + "x" * 43)("ls")
@@ -203,13 +220,15 @@ def test_who_has_no_valid_token_is_told_so_and_a_reader_cannot_cancel(office: Of
 
 def test_a_paused_sweep_goes_on_where_it_was_and_its_exit_code_tells(office: Office) -> None:
     alice = office.alice
-    path = alice.file("paused", SLOW)
+    path = alice.file("paused")
+    office.hold("paused")
     sweep = alice.json("submit", path)["id"]
     office.wait_for(sweep, "running")
 
     alice("pause", sweep)
     paused = office.wait_for(sweep, "paused")
     watched = alice("submit", path, "--wait")
+    office.let_go("paused")
     alice("resume", sweep)
     done = alice("submit", path, "--wait")
 

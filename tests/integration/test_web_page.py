@@ -21,6 +21,7 @@ from service.states import State
 from tests import ledgers
 from tests.api_home import Home, advance, filled
 from tests.ledgers import CLIP, WARMDOWN
+from tests.ports import free_port
 from tests.serving import opened_service
 from tests.showcase import Showcase
 from trainer.runtime.files import write_json
@@ -303,6 +304,22 @@ def test_a_sweep_is_cancelled_by_keyboard_alone(visit: Visit, home: Home) -> Non
     expect(page.get_by_role("button", name="Resume")).to_be_visible()
 
 
+def test_a_question_that_is_asked_again_at_once_gets_its_own_answer(
+    visit: Visit, home: Home
+) -> None:
+    page, queue = visit.page, home.services.queue
+    page.goto(f"/#/sweeps/{home.queued}")
+    cancel = page.get_by_role("button", name="Cancel", exact=True)
+    cancel.click()
+
+    # A browser tells that a dialog has closed some time after it did.
+    cancel.evaluate("cancel => { document.getElementById('dialog').close(); cancel.click(); }")
+    page.get_by_role("button", name="Cancel the sweep").click()
+
+    expect(page.locator(".sub .state")).to_have_text("cancelled")
+    assert queue.get(home.queued).state == State.CANCELLED
+
+
 def test_what_a_running_sweep_has_been_told_is_shown(visit: Visit, home: Home) -> None:
     visit.page.goto(f"/#/sweeps/{home.running}")
 
@@ -317,7 +334,7 @@ def test_what_a_running_sweep_has_been_told_is_shown(visit: Visit, home: Home) -
 def test_the_page_comes_back_with_the_service(chromium: Browser, home: Home) -> None:
     again = replace(home.services, stopping=threading.Event())
     with web.opened_page(chromium, "") as (page, _):
-        with web.serving(home.services) as address:
+        with web.serving(home.services, free_port()) as address:
             page.goto(f"{address}/#/sweeps/{home.running}")
             expect(page.locator("#line-words")).to_have_text("live")
         expect(page.locator("#line-words")).to_have_text("no connection")
@@ -359,7 +376,7 @@ def test_a_phone_never_scrolls_sideways(chromium: Browser, address: str, home: H
         script = (
             "[...document.querySelectorAll('.plot')].every(e => e.scrollHeight <= e.offsetHeight)"
         )
-        assert page.evaluate(script)
+        page.wait_for_function(script)
     assert watch.errors == []
 
 

@@ -17,7 +17,15 @@ from service.api.app import make_app
 from service.api.limits import RateLimiter
 from service.api.redaction import Redacting, redact
 from service.api.services import Services
-from tests.serving import client_of, home_with, opened_service, served, submission, token
+from tests.serving import (
+    PATIENCE_S,
+    client_of,
+    home_with,
+    opened_service,
+    served,
+    submission,
+    token,
+)
 from trainer.data.shards import Dataset
 
 TOKEN = "fwy_" + "a" * 43
@@ -97,7 +105,7 @@ def test_a_body_that_is_not_said_to_be_json_is_refused(client: TestClient, kind:
 def raw(client: httpx2.Client) -> Iterator[http.client.HTTPConnection]:
     """A connection on which anything may be sent."""
     url = client.base_url
-    connection = http.client.HTTPConnection(url.host, url.port, timeout=10)
+    connection = http.client.HTTPConnection(url.host, url.port, timeout=PATIENCE_S)
     try:
         yield connection
     finally:
@@ -135,7 +143,7 @@ def test_a_content_length_that_lies_gets_nobody_in(services: Services, header):
                 "Content-Type: application/json\r\n\r\n"
             )
             sock.sendall(head.encode() + body)
-            sock.settimeout(10)
+            sock.settimeout(PATIENCE_S)
             answer = sock.recv(65_536)
         assert b" 400 " in answer.split(b"\r\n")[0]
         assert client.get("/healthz").status_code == 200
@@ -143,14 +151,14 @@ def test_a_content_length_that_lies_gets_nobody_in(services: Services, header):
 
 def test_who_asks_too_fast_is_told_when_to_come_back(tmp_path: Path):
     with (
-        opened_service(tmp_path / "home", requests_per_second=0.5, burst=5) as services,
+        opened_service(tmp_path / "home", requests_per_second=0.01, burst=5) as services,
         client_of(services) as client,
     ):
         answers = [client.get("/api/v1/sweeps") for _ in range(7)]
 
     assert [answer.status_code for answer in answers] == [200] * 5 + [429] * 2
     assert answers[-1].headers["content-type"] == "application/problem+json"
-    assert 1 <= int(answers[-1].headers["retry-after"]) <= 2
+    assert 1 <= int(answers[-1].headers["retry-after"]) <= 100
 
 
 def test_each_user_has_a_rate_of_their_own_and_guessing_tokens_costs_more(tmp_path: Path):

@@ -86,7 +86,7 @@ def answering(
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        with Client(f"http://127.0.0.1:{server.server_port}") as client:
+        with Client(f"http://127.0.0.1:{server.server_port}", timeout_s=240) as client:
             yield client, keys
     finally:
         server.shutdown()

@@ -19,7 +19,7 @@ from service.queue.records import Want
 from service.states import State
 from trainer.errors import DataError, UsageError
 
-NOBODY_S = 20.0
+NOBODY_S = 240.0
 
 
 @pytest.fixture

@@ -344,7 +344,12 @@ def test_the_service_waits_for_its_first_token_and_no_longer(tmp_path: Path) -> 
     service = next(each for each in pods(rendered("gpu")) if each.part == "service")
     waits = next(c["args"] for c in service.spec["initContainers"] if c["name"] == "first-token")
     path = Path(sys.executable).parent
-    environment = {"PATH": f"{path}:/usr/bin:/bin", "FAIRWAY_HOME": str(tmp_path)}
+    (tmp_path / "sleep").write_text("#!/bin/sh\nexec /bin/sleep 0.1\n")  # nobody waits here
+    (tmp_path / "sleep").chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{path}:/usr/bin:/bin",
+        "FAIRWAY_HOME": str(tmp_path / "home"),
+    }
     create = [str(path / "fairway"), "token", "create", "ann", "--role", "admin"]
 
     waiting = subprocess.Popen(
@@ -353,8 +358,8 @@ def test_the_service_waits_for_its_first_token_and_no_longer(tmp_path: Path) -> 
     try:
         assert waiting.stderr is not None
         assert "no token yet" in waiting.stderr.readline()
-        subprocess.run(create, env=environment, capture_output=True, check=True, timeout=60)
-        out, _ = waiting.communicate(timeout=90)
+        subprocess.run(create, env=environment, capture_output=True, check=True, timeout=240)
+        out, _ = waiting.communicate(timeout=240)
     finally:
         waiting.kill()
 

@@ -32,7 +32,7 @@ space:
   train.optimizer.matrix.lr: {values: [0.01]}
 seeds: {search: [7]}
 """
-NOBODY_S = 20.0
+NOBODY_S = 240.0
 
 
 class Gangs:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.ticking import trainings_count_work
 from trainer.data.shards import load_dataset
 from trainer.run import train
 from trainer.runtime.distributed import Ranks
@@ -102,7 +103,8 @@ def test_a_memo_keeps_the_last_few():
     assert [recent.get(key) for key in "abc"] == [1, None, 3]
 
 
-def test_a_warm_process_is_not_warmed_up_again(tiny_dataset, tmp_path):
+def test_a_warm_process_is_not_warmed_up_again(tiny_dataset, tmp_path, monkeypatch):
+    trainings_count_work(monkeypatch)
     memo, task = Memo(), task_of(train__warmup_steps=8)
     first = train(task, tiny_dataset, tmp_path / "1", ALONE, memo=memo)
 

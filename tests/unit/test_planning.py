@@ -22,6 +22,7 @@ from trainer.codec import to_yaml
 from trainer.data.shards import Dataset
 from trainer.errors import UsageError
 
+PATIENCE_S = 240.0
 RECIPE = to_yaml(tiny.recipe_data())
 
 
@@ -53,7 +54,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def planner(home: Path, root: Path) -> Iterator[Planner]:
-    made = Planner(Paths(home), [root], timeout_s=10.0, memory_bytes=1 << 30)
+    made = Planner(Paths(home), [root], timeout_s=PATIENCE_S, memory_bytes=1 << 30)
     yield made
     made.close()
 
@@ -265,7 +266,9 @@ def test_hostile_text_is_refused_in_a_line(planner: Planner, submission: Submiss
     assert "/tmp" not in refused
 
 
-def test_what_is_too_large_to_plan_is_refused_in_time_and_the_next_is_planned(planner: Planner):
+def test_what_is_too_large_to_plan_is_refused_in_time_and_the_next_is_planned(
+    planner: Planner, monkeypatch: pytest.MonkeyPatch
+):
     space = {
         f"train.optimizer.{group}.lr": {
             "phase": "train",
@@ -275,10 +278,12 @@ def test_what_is_too_large_to_plan_is_refused_in_time_and_the_next_is_planned(pl
     }
     began = time.monotonic()
 
-    refused = refusal(planner, sweep(space=space))
+    with monkeypatch.context() as impatient:
+        impatient.setattr(planner, "_timeout_s", 5.0)
+        refused = refusal(planner, sweep(space=space))
 
     assert refused.startswith("sweep.yaml: too large to plan")
-    assert time.monotonic() - began < 25
+    assert time.monotonic() - began < PATIENCE_S
     assert planner.plan(sweep()).name == "micro"
 
 
@@ -294,11 +299,19 @@ def children() -> list[Path]:
     return found
 
 
+def is_over(process: Path) -> bool:
+    try:
+        return process.joinpath("stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
 def test_a_child_that_is_killed_while_it_waits_costs_nothing(planner: Planner):
     killed = children()
     for process in killed:
         os.kill(int(process.name), signal.SIGKILL)
-    time.sleep(0.2)
+    while not all(map(is_over, killed)):
+        time.sleep(0.02)
 
     for _ in killed:
         assert planner.plan(sweep()).name == "micro"
@@ -308,7 +321,7 @@ def test_a_child_sees_none_of_the_services_secrets(home: Path, monkeypatch: pyte
     monkeypatch.setenv("FAIRWAY_DATABASE_URL", "postgresql://u:canary@h/n")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "canary")
     others = children()
-    planner = Planner(Paths(home))
+    planner = Planner(Paths(home), timeout_s=PATIENCE_S)
     planner.plan(sweep())
     seen = [(p / "environ").read_bytes() for p in children() if p not in others]
     planner.close()

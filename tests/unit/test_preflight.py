@@ -75,7 +75,7 @@ def doctor(home: Paths, *words: object, before: str = "") -> subprocess.Complete
     """The real command in a process of its own, after a line of Python."""
     program = f"import sys; {before or 'pass'}\nfrom service.cli import main\nmain()"
     command = [sys.executable, "-c", program, "doctor", *map(str, words), "--home", str(home.home)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=480)
 
 
 def test_a_machine_that_has_all_passes_every_check(home):

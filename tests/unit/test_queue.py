@@ -740,7 +740,7 @@ def test_a_database_that_is_locked_for_good_is_out_of_reach(
 def test_thirty_kills_lose_nothing_and_do_nothing_twice(tmp_path: Path) -> None:
     url = queues.sqlite_url(tmp_path)
 
-    told, _ = queues.in_another_process("kill_at_random", url, 30).communicate(timeout=120)
+    told, _ = queues.in_another_process("kill_at_random", url, 30).communicate(timeout=480)
 
     acknowledged = json.loads(told)
     engine = open_database(url)

@@ -12,6 +12,8 @@ import pytest
 from service.store import Store
 from trainer.runtime.files import locked, write_json
 
+PATIENCE_S = 240.0
+
 
 def build(folder: Path) -> None:
     with (folder / "built.log").open("a") as log:
@@ -28,7 +30,7 @@ def hold_forever(root: Path) -> None:
     def build_forever(folder: Path) -> None:
         (folder / "left.txt").write_text("half done")
         (folder / "holding").touch()
-        time.sleep(60)
+        time.sleep(600)
 
     Store(root).compute("finals", "f", build_forever)
 
@@ -62,7 +64,7 @@ def test_the_second_request_is_a_hit(tmp_path: Path):
 
 def test_processes_that_need_one_stage_compute_it_once(tmp_path: Path, processes):
     for process in [processes(compute, tmp_path) for _ in range(3)]:
-        process.join(60)
+        process.join(PATIENCE_S)
 
     log = Store(tmp_path).folder("finals", "f") / "built.log"
     assert log.read_text() == "once\n"
@@ -110,6 +112,6 @@ def test_who_waits_for_a_stage_makes_nothing_in_it(tmp_path: Path) -> None:
         waiting.join(timeout=0.3)
         assert waiting.is_alive()
         assert not folder.exists()
-    waiting.join(timeout=10)
+    waiting.join(PATIENCE_S)
 
     assert folder.is_dir()

@@ -41,7 +41,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def fetch_from(export: Export, out: Path, **options: object) -> Dataset:
-    patience = Patience(timeout_s=5.0, attempts=2, backoff_s=0.0)
+    patience = Patience(timeout_s=240.0, attempts=2, backoff_s=0.0)
     origin = Origin(base_url=export.url, repo="owner/export", patience=patience)
     return fetch("sp1024", out, **{"train_shards": 2, "origin": origin} | options)
 

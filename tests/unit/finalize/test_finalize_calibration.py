@@ -44,9 +44,9 @@ class OneOfTwo(Ranks):
 
     def sum(self, values):
         self.box.held[self.rank] = values.clone()
-        self.box.barrier.wait(timeout=60)
+        self.box.barrier.wait(timeout=240)
         values += self.box.held[1 - self.rank]
-        self.box.barrier.wait(timeout=60)
+        self.box.barrier.wait(timeout=240)
         return values
 
     def max(self, value):

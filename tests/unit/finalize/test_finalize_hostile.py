@@ -66,7 +66,7 @@ def report(tmp_path_factory):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=300,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout) | {"count": count}
