@@ -15,7 +15,7 @@ from trainer.evaluate.sliding import slide
 from trainer.evaluate.tape import Tape
 from trainer.evaluate.windows import Windows, plan_windows
 from trainer.model.gpt import GPT
-from trainer.model.kernels import token_loss
+from trainer.model.loss import token_loss
 from trainer.runtime.distributed import Ranks
 from trainer.specs.evaluate import EvaluateSpec
 

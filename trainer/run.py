@@ -6,6 +6,7 @@ written last, means done.
 
 import shutil
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from trainer.evaluate import audit
 from trainer.evaluate.journal import Journal, identity
 from trainer.finalize.code import code_digest
 from trainer.finalize.pipeline import WEIGHTS_FILE, artifact_bytes
+from trainer.kernels.chosen import kernels_of
 from trainer.model.build import build, load_state
 from trainer.protocol import CLOCK_GPUS, SPEC_VERSION
 from trainer.results import (
@@ -102,7 +104,8 @@ def grow_trunk(
     ranks.together(lambda: _begin(task, dataset, work, ranks))
     with memory_watched(task.train, ranks):
         steering = Steering(steer, ranks)
-        trunk.grow(loop.Loop(task, dataset, work, ranks, steering, memo or Memo()), start)
+        with closing(loop.Loop(task, dataset, work, ranks, steering, memo or Memo())) as run:
+            trunk.grow(run, start)
     if ranks.is_first:
         shutil.rmtree(work)
     ranks.barrier()
@@ -159,7 +162,8 @@ def check_vocabulary(task: TrainTask, dataset: Dataset) -> None:
 def check_parity(training: Path, dataset: Dataset, folder: Path, ranks: Ranks) -> ParityResult:
     """Repeat the trainer's own end-of-run score from the bank on disk, in this process."""
     task, trained = load_training(training)
-    model = build(task.model, dtype=task.train.dtype)
+    kernels = kernels_of(task.train.attention, ranks.device, "train.attention")
+    model = build(task.model, dtype=task.train.dtype, kernels=kernels)
     load_state(model, load_tensors(training / "bank", trained.parity_entry))
     spec = EvaluateSpec(window=task.parity_window, stride=task.parity_window)
     fresh = score_text(model.to(ranks.device), val_text(dataset), spec, ranks).score.val_bpb

@@ -19,6 +19,7 @@ from trainer.evaluate.progress import Progress
 from trainer.evaluate.tape import Tape
 from trainer.finalize.artifact import read_weights
 from trainer.finalize.pipeline import WEIGHTS_FILE
+from trainer.kernels.chosen import kernels_of
 from trainer.model.build import build, load_state
 from trainer.model.gpt import GPT
 from trainer.protocol import UNKNOWN_TOKENIZER
@@ -86,7 +87,8 @@ def score_state(
     journal: Journal | None = None,
 ) -> Scored:
     """Score a text with a fresh model of this state."""
-    model = build(spec, dtype=dtype)
+    kernels = kernels_of(evaluate.attention, ranks.device, "evaluate.attention")
+    model = build(spec, dtype=dtype, kernels=kernels)
     load_state(model, dict(state))
     return score_text(model.to(ranks.device), text, evaluate, ranks, journal=journal)
 

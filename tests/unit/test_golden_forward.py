@@ -9,7 +9,7 @@ from tests import tiny
 from trainer.data.bytecount import ByteTable
 from trainer.evaluate.sliding import score_stream
 from trainer.model.build import build, load_state
-from trainer.model.kernels import token_loss
+from trainer.model.loss import token_loss
 from trainer.runtime.distributed import Ranks
 from trainer.specs.evaluate import EvaluateSpec
 

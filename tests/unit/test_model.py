@@ -9,11 +9,11 @@ from tests import tiny
 from tests.reference import attention_reference as plain
 from trainer.blueprint import blueprint
 from trainer.errors import UsageError
+from trainer.kernels.attention import attend
 from trainer.model.attention import Xsa
 from trainer.model.build import build, load_state
 from trainer.model.gpt import GPT
 from trainer.model.head import Softcap
-from trainer.model.kernels import attend
 from trainer.model.linear import norm
 from trainer.model.mlp import LeakyRelu2, Relu2, ReluPower
 from trainer.model.roles import roles_of

@@ -5,7 +5,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.blueprint import Blueprint, LayerPlan
-from trainer.model.kernels import attend
+from trainer.kernels.attention import Attend, attend_masked
+from trainer.kernels.chosen import Kernels
+from trainer.kernels.heads import turn_heads
 from trainer.model.linear import Absent, Linear, norm
 from trainer.model.rotary import rotate
 
@@ -15,23 +17,16 @@ def tail(x: Tensor, last: int | None) -> Tensor:
     return x if last is None or last == x.shape[1] else x[:, -last:]
 
 
-def attend_tail(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_tail(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`attend` for the queries [B, S, H, E] of the last S of T positions.
 
-    Fewer queries than keys need a mask that ends at the lower right, and a kernel that takes one
-    wants as many key heads as query heads.
+    Fewer queries than keys need a mask that ends at the lower right.
     """
-    num_queries, num_keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    num_queries, num_keys = q.shape[1], k.shape[1]
     if num_queries == num_keys:
         return attend(q, k, v)
     mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.repeat_interleave(group, dim=2).transpose(1, 2),
-        v.repeat_interleave(group, dim=2).transpose(1, 2),
-        attn_mask=mask.tril(num_keys - num_queries),
-    )
-    return out.transpose(1, 2)
+    return attend_masked(mask.tril(num_keys - num_queries), q, k, v)
 
 
 class QGain(nn.Module):
@@ -95,8 +90,11 @@ class Attention(nn.Module):
     there only, so a state holds them once.
     """
 
-    def __init__(self, plan: Blueprint, layer: LayerPlan, owner: "Attention | None") -> None:
+    def __init__(
+        self, plan: Blueprint, layer: LayerPlan, owner: "Attention | None", kernels: Kernels
+    ) -> None:
         super().__init__()
+        self.attend, self.fused = kernels.attend, kernels.fused
         d, spec, init = plan.spec.dim, plan.spec.attention, plan.spec.ortho_init
         self.head_dim = plan.head_dim
         gain = spec.q_gain
@@ -117,14 +115,27 @@ class Attention(nn.Module):
         rope: tuple[Tensor, Tensor],
         values: Tensor,
         last: int | None = None,
+        attend: Attend | None = None,
     ) -> Tensor:
         """Map x [B, T, D] to the `last` S positions [B, S, D], or to all of them.
 
-        values [B, T, K·E] is the value embedding's share.
+        values [B, T, K·E] is the value embedding's share; `attend` stands in for the layer's own.
         """
         q = self.query(tail(x, last)).unflatten(-1, (-1, self.head_dim))
         k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in self.key_value)
         v = self.value_mix(v, values)
-        q = self.q_gain(rotate(norm(q), (tail(rope[0], last), tail(rope[1], last))))
-        y = self.xsa(attend_tail(q, rotate(norm(k), rope), v), tail(v, last))
+        q = self._turn_queries(q, (tail(rope[0], last), tail(rope[1], last)))
+        attend = self.attend if attend is None else attend
+        y = attend_tail(attend, q, self._turn_keys(k, rope), v)
+        y = self.xsa(y, tail(v, last))
         return self.out(y.flatten(-2))
+
+    def _turn_queries(self, q: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        if self.fused and self.training:
+            return turn_heads(q, getattr(self.q_gain, "gain", None), *rope)
+        return self.q_gain(rotate(norm(q), rope))
+
+    def _turn_keys(self, k: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        if self.fused and self.training:
+            return turn_heads(k, None, *rope)
+        return rotate(norm(k), rope)

@@ -4,6 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from trainer.blueprint import Blueprint, LayerPlan
+from trainer.kernels.attention import Attend
+from trainer.kernels.chosen import Kernels
+from trainer.kernels.stream import add_norm, mix_norm
 from trainer.model.attention import Attention, tail
 from trainer.model.linear import Absent, norm
 from trainer.model.mlp import build_mlp
@@ -107,7 +110,9 @@ class DtgGate(nn.Module):
 class Block(nn.Module):
     """h = x̂ + a ⊙ Attn(s · rms(x̂)); y = h + m ⊙ MLP(s · rms(h)), with x̂ the (mixed) stream."""
 
-    def __init__(self, plan: Blueprint, layer: LayerPlan, kv_owner: "Block | None") -> None:
+    def __init__(
+        self, plan: Blueprint, layer: LayerPlan, kv_owner: "Block | None", kernels: Kernels
+    ) -> None:
         super().__init__()
         spec = plan.spec
 
@@ -121,8 +126,13 @@ class Block(nn.Module):
         self.x0_mix = Absent() if spec.x0_mix is None else X0Mix(spec.dim)
         self.norm_scale = _norm_scale(plan, layer)
         self.dtg = Absent() if spec.dtg is None else DtgGate(spec.dim, spec.dtg.bias_init)
-        self.attention = Attention(plan, layer, None if kv_owner is None else kv_owner.attention)
-        self.mlp = build_mlp(plan)
+        owner = None if kv_owner is None else kv_owner.attention
+        self.attention = Attention(plan, layer, owner, kernels)
+        self.mlp = build_mlp(plan, kernels)
+        has_kernel = kernels.fused and not isinstance(self.norm_scale, LearnedLnScale)
+        self.norm_factor = getattr(self.norm_scale, "factor", 1.0)
+        self.fuses_mix = has_kernel and spec.x0_mix is not None
+        self.fuses_sum = has_kernel and spec.residual_scale is not None
 
     def forward(
         self,
@@ -131,17 +141,33 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         values: Tensor,
         last: int | None = None,
+        attend: Attend | None = None,
     ) -> Tensor:
         """Map the stream x [B, T, D] to its `last` positions [B, S, D], or to all of them.
 
-        Keys and values always come from all positions.
+        Keys and values always come from all positions. `attend`: in place of the layer's own.
         """
-        entry = self.x0_mix(x, x0)
-        attended = self.attention(self.norm_scale(norm(entry)), rope, values, last)
+        entry, normed = self._enter(x, x0)
+        attended = self.attention(normed, rope, values, last, attend)
         entry = tail(entry, last)
-        x = entry + self.attention_scale(attended)
-        x = x + self.mlp_scale(self.mlp(self.norm_scale(norm(x))))
+        x, normed = self._add(entry, attended)
+        x = x + self.mlp_scale(self.mlp(normed))
         return self.dtg(x, entry)
+
+    def _enter(self, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x̂ and its scaled norm."""
+        if self.fuses_mix and self.training:
+            return mix_norm(x, x0, self.x0_mix.mix, self.norm_factor)  # type: ignore[arg-type]
+        entry = self.x0_mix(x, x0)
+        return entry, self.norm_scale(norm(entry))
+
+    def _add(self, entry: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """Return h and its scaled norm."""
+        if self.fuses_sum and self.training:
+            scale = self.attention_scale.scale
+            return add_norm(entry, attended, scale, self.norm_factor)  # type: ignore[arg-type]
+        x = entry + self.attention_scale(attended)
+        return x, self.norm_scale(norm(x))
 
 
 def _norm_scale(plan: Blueprint, layer: LayerPlan) -> nn.Module:

@@ -3,6 +3,7 @@
 import torch
 
 from trainer.blueprint import blueprint
+from trainer.kernels.chosen import PLAIN, Kernels
 from trainer.model.gpt import GPT
 from trainer.model.roles import roles_of
 from trainer.specs.model import ModelSpec
@@ -10,13 +11,15 @@ from trainer.specs.model import ModelSpec
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def build(spec: ModelSpec, *, seed: int | None = None, dtype: str = "float32") -> GPT:
+def build(
+    spec: ModelSpec, *, seed: int | None = None, dtype: str = "float32", kernels: Kernels = PLAIN
+) -> GPT:
     """Build the model on the CPU, initialised from `seed` (uninitialised without one).
 
     dtype bfloat16 puts the embedding table in bfloat16, which sets the dtype of the whole
     stream; matrices and scalars keep float32 masters and are cast where they are used.
     """
-    model = GPT(blueprint(spec))
+    model = GPT(blueprint(spec), kernels)
     if seed is not None:
         model.reset_parameters(seed)
     roles = roles_of(model)

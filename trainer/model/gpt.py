@@ -4,10 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from trainer.blueprint import Blueprint
+from trainer.kernels.chosen import PLAIN, Kernels
+from trainer.kernels.loss import capped_loss
+from trainer.model.attention import tail
 from trainer.model.block import Block
 from trainer.model.head import MultiTokenHeads, Softcap, TiedHead, UntiedHead
-from trainer.model.kernels import token_loss
 from trainer.model.linear import Absent, Linear, norm
+from trainer.model.loss import token_loss
 from trainer.model.rotary import Rotary
 from trainer.model.skips import GatedSkips, Skips
 from trainer.model.stem import (
@@ -25,10 +28,11 @@ from trainer.specs import model as specs
 class GPT(nn.Module):
     """The model that a blueprint describes. What the blueprint leaves out does not exist here."""
 
-    def __init__(self, plan: Blueprint) -> None:
+    def __init__(self, plan: Blueprint, kernels: Kernels = PLAIN) -> None:
         super().__init__()
         spec, rope = plan.spec, plan.spec.attention.rope
         self.plan = plan
+        self.fused, self.within = kernels.fused, kernels.within
         self.steps = plan.steps
         self.embedding = Embedding(spec.vocab_size, spec.dim, spec.embedding.init_std)
         self.skips = _skips(plan)
@@ -37,7 +41,7 @@ class GPT(nn.Module):
         for layer in plan.layers:
             is_owner = layer.kv_owner == layer.index
             owner = None if is_owner else self.blocks[layer.kv_owner]
-            self.blocks.append(Block(plan, layer, owner))  # type: ignore[arg-type]
+            self.blocks.append(Block(plan, layer, owner, kernels))  # type: ignore[arg-type]
         # Parts that draw random numbers come after the blocks: adding one leaves their init.
         self.smear = _smear(spec)
         self.bigram = _hash_embedding(spec.bigram, spec.dim, BIGRAM)
@@ -79,7 +83,9 @@ class GPT(nn.Module):
 
         Nothing but the keys and values of the last step reaches those from before them, so only
         these are computed there. Tokens that begin a window of `width` turn as they do in it.
+        In a training that keeps documents apart, layers attend inside them, at every position.
         """
+        attend = self.within(tokens) if self.within is not None and self.training else None
         rope = self.rotary(tokens.shape[1], tokens.device, width)
         values = self.value_embedding(tokens)
         x = self.embedding(tokens)
@@ -93,11 +99,11 @@ class GPT(nn.Module):
         for number, step in enumerate(self.steps, start=1):
             if step.pop is not None:
                 x = self.skips(x, kept.pop(), step.pop)
-            needed = last if number == len(self.steps) else None
-            x = self.blocks[step.layer](x, x0, rope, values, needed)
+            needed = last if number == len(self.steps) and attend is None else None
+            x = self.blocks[step.layer](x, x0, rope, values, needed, attend)
             if step.push:
                 kept.append(x)
-        return norm(x)
+        return norm(tail(x, last))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map hidden states [B, T, D] to logits [B, T, V]."""
@@ -109,8 +115,14 @@ class GPT(nn.Module):
         Targets belong to the last S of the T positions: only what reaches these is computed.
         """
         hidden = self.hidden(tokens, width, last=targets.shape[1])
-        losses = token_loss(self.logits(hidden), targets)
+        losses = self._losses(hidden, targets)
         return self.mtp(losses, hidden, targets, self.softcap)
+
+    def _losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        if self.fused and self.training:
+            cap = getattr(self.softcap, "cap", None)
+            return capped_loss(self.head(hidden, self.embedding.weight), targets, cap)
+        return token_loss(self.logits(hidden), targets)
 
 
 def _skips(plan: Blueprint) -> nn.Module:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.model.kernels import token_loss
 from trainer.model.linear import Absent, Linear
+from trainer.model.loss import token_loss
 from trainer.specs import model as specs
 
 

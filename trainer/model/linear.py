@@ -49,10 +49,14 @@ class Linear(nn.Module):
             bound = self.weight.shape[1] ** -0.5
             nn.init.uniform_(self.weight, -bound, bound, generator=generator)
 
+    def cast(self, dtype: torch.dtype) -> Tensor:
+        """Return the matrix as it is multiplied."""
+        return self.weight_edit(self.weight).to(dtype)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.adapter(F.linear(x, self.weight_edit(self.weight).to(x.dtype)), x)
+        return self.adapter(F.linear(x, self.cast(x.dtype)), x)
 
 
 def norm(x: Tensor) -> Tensor:
-    """RMS-normalise the last axis, without a weight; eps is the dtype's machine epsilon."""
+    """RMS-normalise the last axis, without a weight; eps is torch's own for it."""
     return F.rms_norm(x, (x.shape[-1],))

@@ -4,6 +4,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.blueprint import Blueprint
+from trainer.kernels.chosen import Kernels
+from trainer.kernels.mlp import relu2_mlp
 from trainer.model.linear import Absent, Linear
 from trainer.specs import model as specs
 
@@ -50,9 +52,11 @@ ACTIVATIONS = {
 class Mlp(nn.Module):
     """Up, activation, down. `adapter` is the seam of `Linear`, beside the whole."""
 
-    def __init__(self, plan: Blueprint) -> None:
+    def __init__(self, plan: Blueprint, kernels: Kernels) -> None:
         super().__init__()
         activation = plan.spec.mlp.activation
+        self.fused = kernels.fused and not isinstance(activation, specs.ReluPower)
+        self.slope = getattr(activation, "slope", 0.0)
         self.up = Linear(plan.spec.dim, plan.mlp_dim)
         self.activation = ACTIVATIONS[type(activation)](activation)
         self.down = _down(plan)
@@ -60,6 +64,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, T, D] to [B, T, D]."""
+        if self.fused and self.training:
+            return relu2_mlp(x, self.up.cast(x.dtype), self.down.cast(x.dtype), self.slope)
         return self.adapter(self.down(self.activation(self.up(x))), x)
 
 
@@ -78,9 +84,11 @@ class SwiGlu(nn.Module):
         return self.adapter(self.down(F.silu(self.gate(x)) * self.up(x)), x)
 
 
-def build_mlp(plan: Blueprint) -> nn.Module:
+def build_mlp(plan: Blueprint, kernels: Kernels) -> nn.Module:
     """Build the MLP that the spec's activation asks for."""
-    return SwiGlu(plan) if isinstance(plan.spec.mlp.activation, specs.SwiGlu) else Mlp(plan)
+    return (
+        SwiGlu(plan) if isinstance(plan.spec.mlp.activation, specs.SwiGlu) else Mlp(plan, kernels)
+    )
 
 
 def _down(plan: Blueprint) -> Linear:

@@ -3,17 +3,9 @@
 from typing import Literal
 
 from trainer.specs.base import require, require_positive, spec
+from trainer.specs.documents import Documents
+from trainer.specs.kernels import AttentionKernel
 from trainer.specs.ttt import LoraTtt, OracleTtt, SgdTtt
-
-
-@spec
-class Documents:
-    """Documents on their own: context never crosses the `bos` token that opens one."""
-
-    bos: int = 1
-
-    def __post_init__(self) -> None:
-        require(self.bos >= 0, f"bos={self.bos} is below 0")
 
 
 @spec
@@ -30,6 +22,11 @@ class EvaluateSpec:
     stride: int
     variant: Literal["A", "C"] = "C"
     batch_windows: int = 16
+    attention: AttentionKernel | None = None
+    """Which implementation computes the attention; torch's choice when absent."""
+    compile: bool = False
+    """Whether the batches of the commonest shape are scored with a compiled graph; pays on long
+    texts. Rounds differently, and its compilation is on the clock."""
     documents: Documents | None = None
     ttt: LoraTtt | SgdTtt | OracleTtt | None = None
 
@@ -51,4 +48,9 @@ class EvaluateSpec:
         require(
             self.ttt is None or is_lora or self.documents is None,
             f"ttt.kind={self.ttt and self.ttt.kind} reads one stream; leave documents out",
+        )
+        require(
+            not self.compile or self.ttt is None or isinstance(self.ttt, OracleTtt),
+            f"compile=True is for a model that stays as it is; leave it out, or leave out "
+            f"ttt.kind={self.ttt and self.ttt.kind}, which trains between scores",
         )

@@ -21,6 +21,12 @@ class TrainTask:
 
     def __post_init__(self) -> None:
         require_positive(parity_window=self.parity_window)
+        documents, vocab_size = self.train.documents, self.model.vocab_size
+        require(
+            documents is None or documents.bos < vocab_size,
+            f"train.documents.bos={documents and documents.bos} is no token of "
+            f"model.vocab_size={vocab_size}",
+        )
 
 
 @spec

@@ -3,6 +3,8 @@
 from typing import Literal
 
 from trainer.specs.base import require, require_fraction, require_positive, spec
+from trainer.specs.documents import Documents
+from trainer.specs.kernels import APART, AttentionKernel
 
 
 @spec
@@ -201,6 +203,15 @@ class TrainSpec:
     seed: int = 1337
     dtype: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
+    attention: AttentionKernel | None = None
+    """Which implementation computes the attention; torch's choice when absent."""
+    fused: bool = False
+    """Whether what lies between the matrices is computed by our own kernels, in one pass each.
+    Rounds less often than the plain code; on a CPU they are the plain code."""
+    documents: Documents | None = None
+    """Keeps attention inside each document of a row; a smear or hashed n-grams may still look a
+    token back across its `bos`. Validation and parity read across, as ever: the score that
+    matches is that of `evaluate.documents`."""
     order: Literal["sequential", "shuffled"] = "sequential"
     schedule: Schedule = Schedule()
     optimizer: Optimizer = Optimizer()
@@ -217,6 +228,19 @@ class TrainSpec:
         )
         require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} is below 0")
         require(self.seed >= 0, f"seed={self.seed} is below 0")
+        kernel = self.attention
+        is_torch = kernel is None or "torch" in (kernel.name, kernel.substitute)
+        require(
+            is_torch or self.dtype == "bfloat16",
+            f"attention.name={kernel and kernel.name} needs dtype=bfloat16",
+        )
+        for field in ("name", "substitute") if kernel and self.documents else ():
+            name = getattr(kernel, field)
+            require(
+                name is None or name in APART,
+                f"attention.{field}={name} attends across documents; beside documents use "
+                f"{', '.join(APART[:-1])} or {APART[-1]}",
+            )
         for name in ("batch_tokens", "micro_batch_tokens"):
             tokens = getattr(self, name)
             require(

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from trainer.kernels.chosen import kernels_of
 from trainer.model.build import build
 from trainer.model.fake_quant import FakeQuants
 from trainer.optim.averages import AverageBank
@@ -31,9 +32,19 @@ class TrainState:
 
     def __init__(self, task: TrainTask, ranks: Ranks, clock: Clock) -> None:
         self.spec = spec = task.train
-        self.model = build(task.model, seed=spec.seed, dtype=spec.dtype).to(ranks.device)
+        kernels = kernels_of(
+            spec.attention,
+            ranks.device,
+            "train.attention",
+            fused=spec.fused,
+            documents=spec.documents,
+        )
+        model = build(task.model, seed=spec.seed, dtype=spec.dtype, kernels=kernels)
+        self.model = model.to(ranks.device)
         self.fake_quants = None if spec.qat is None else FakeQuants(self.model, spec.qat)
-        self.optimizers = Optimizers(self.model, spec.optimizer)
+        alone_on_cuda = ranks.device.type == "cuda" and ranks.world_size == 1
+        captured = spec.compile and alone_on_cuda
+        self.optimizers = Optimizers(self.model, spec.optimizer, captured=captured)
         self.averages = AverageBank(self.model, spec.averages)
         self.ranks = ranks
         self.clock = clock
@@ -63,7 +74,7 @@ class TrainState:
         return copy.deepcopy(self._tensors())
 
     def restore(self, tensors: dict[str, Any]) -> None:
-        """Put a snapshot back. The model's and the averages' tensors stay the same objects."""
+        """Put a snapshot back. The tensors that there are stay the same objects."""
         self.model.load_state_dict(tensors["model"])
         self.optimizers.load_state_dict(tensors["optimizers"])
         self.averages.load_state_dict(tensors["averages"])

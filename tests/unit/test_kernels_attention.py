@@ -1,0 +1,98 @@
+"""Which attention a spec gets on a device, and what is said where it gets none."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.tiny import full_model
+from trainer.errors import UsageError
+from trainer.kernels.attention import at_hand, attend, attention_of
+from trainer.kernels.chosen import PLAIN, kernels_of
+from trainer.model.build import build
+from trainer.specs.kernels import AttentionKernel
+from trainer.specs.model import Mtp, ReluPower, SwiGlu
+from trainer.specs.train import Schedule, TrainSpec
+
+CPU = torch.device("cpu")
+TOKENS = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(3))
+
+
+def test_without_a_spec_torch_chooses():
+    assert at_hand(None, CPU, "train.attention") == "torch"
+    assert kernels_of(None, CPU, "train.attention") == PLAIN
+    assert attention_of("torch") is attend
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash", "flash_attn_4", "flash_attn_3", "flash_attn_2"])
+def test_a_kernel_for_gpus_is_refused_on_a_cpu_by_its_field(name):
+    with pytest.raises(UsageError, match=f"train.attention.name={name}: .*CUDA"):
+        at_hand(AttentionKernel(name=name), CPU, "train.attention")
+
+
+def test_a_named_substitute_stands_in_for_what_is_missing():
+    kernel = AttentionKernel(name="flash_attn_4", substitute="torch")
+
+    assert at_hand(kernel, CPU, "train.attention") == "torch"
+
+
+def test_a_substitute_that_cannot_run_either_is_refused_with_both_reasons():
+    kernel = AttentionKernel(name="flash_attn_4", substitute="cudnn")
+
+    with pytest.raises(UsageError, match=r"name=flash_attn_4: .*substitute=cudnn: .*CUDA"):
+        at_hand(kernel, CPU, "evaluate.attention")
+
+
+def test_a_substitute_is_another_one():
+    with pytest.raises(ValueError, match="leave it out"):
+        AttentionKernel(name="cudnn", substitute="cudnn")
+
+
+def test_kernels_for_half_precision_are_refused_for_a_float32_training():
+    lengths = {"iterations": 1, "batch_tokens": 8, "seq_len": 8}
+    lengths["schedule"] = Schedule(warmdown_iters=0)
+
+    with pytest.raises(ValueError, match=r"attention.name=cudnn needs dtype=bfloat16"):
+        TrainSpec(**lengths, attention=AttentionKernel(name="cudnn"))
+    TrainSpec(**lengths, attention=AttentionKernel(name="cudnn"), dtype="bfloat16")
+
+
+def trained_once(spec, *, fused, dtype="float32"):
+    """The losses of one batch and every gradient."""
+    model = build(spec, seed=5, dtype=dtype, kernels=replace(PLAIN, fused=fused))
+    for parameter in model.parameters():  # what starts at zero would hide what reaches it
+        parameter.data += 0.02 * torch.randn(
+            parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+        ).to(parameter.dtype)
+    losses = model(TOKENS[:, :-1], TOKENS[:, 1:])
+    losses.mean().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return losses.detach(), grads
+
+
+MODELS = {
+    "full": full_model(),
+    "bare": replace(full_model(), residual_scale=None, x0_mix=None, softcap=None, ln_scale=None),
+    "cubic": replace(full_model(), mlp=replace(full_model().mlp, activation=ReluPower())),
+    "gated": replace(full_model(), mlp=replace(full_model().mlp, activation=SwiGlu())),
+    "several tokens": replace(full_model(), mtp=Mtp()),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_fused_model_has_the_plain_ones_losses_and_gradients(name):
+    plain, plain_grads = trained_once(MODELS[name], fused=False)
+    fused, fused_grads = trained_once(MODELS[name], fused=True)
+
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+    assert fused_grads.keys() == plain_grads.keys()
+    for path, grad in plain_grads.items():
+        torch.testing.assert_close(fused_grads[path], grad, rtol=1e-4, atol=1e-6, msg=path)
+
+
+def test_a_fused_model_scores_as_the_plain_one_to_the_last_bit():
+    models = [build(full_model(), seed=5, kernels=replace(PLAIN, fused=on)) for on in (False, True)]
+
+    plain, fused = (model.eval()(TOKENS[:, :-1], TOKENS[:, 1:]) for model in models)
+
+    assert torch.equal(plain, fused)

@@ -1,0 +1,1 @@
+"""Tensor functions that a model computes with: attention back ends, our own fused kernels."""

@@ -1,0 +1,56 @@
+"""What a model is built to compute with, chosen once for a device."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from trainer.errors import UsageError
+from trainer.kernels.attention import Attend, at_hand, attend, attention_of
+from trainer.kernels.documents import Within, attend_within
+from trainer.kernels.varlen import package_of, within_by
+from trainer.specs.documents import Documents
+from trainer.specs.kernels import APART, AttentionKernel, Backend
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """attend: the attention. fused: whether a training computes what lies between the matrices by
+    our own kernels. within: the attention of a training that keeps documents apart."""
+
+    attend: Attend = attend
+    fused: bool = False
+    within: Within | None = None
+
+
+PLAIN = Kernels()
+
+
+def kernels_of(
+    attention: AttentionKernel | None,
+    device: torch.device,
+    field: str,
+    *,
+    fused: bool = False,
+    documents: Documents | None = None,
+) -> Kernels:
+    """The kernels that a spec gets on a device; UsageError, naming its `field`, for what is not
+    to be had there."""
+    name = at_hand(attention, device, field)
+    within = None if documents is None else within_of(name, documents, field)
+    return Kernels(attention_of(name), fused, within)
+
+
+def within_of(name: Backend, documents: Documents, field: str) -> Within:
+    """Return what a back end keeps documents apart with; what it needs is imported now.
+
+    UsageError, naming `field`, for one that cannot.
+    """
+    if name not in APART:
+        raise UsageError(
+            f"train.documents: {name} attends across documents; "
+            f"set {field}.name to {', '.join(APART[:-1])} or {APART[-1]}"
+        )
+    if name == "torch":
+        return partial(attend_within, bos=documents.bos)
+    return within_by(package_of(name), documents.bos)
