@@ -1,5 +1,8 @@
+import copy
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from tests import tiny
@@ -107,6 +110,38 @@ def test_a_matrix_without_gradient_only_decays():
     muon.step()
 
     torch.testing.assert_close(parameter.detach(), torch.full((4, 4), 0.95))
+
+
+def test_the_shares_of_a_gang_add_up_to_the_whole_in_the_products_dtype(monkeypatch):
+    sent, waits = [], []
+
+    class Reduction:
+        def wait(self):
+            waits.append(len(sent))
+
+    def all_reduce(tensor, async_op):
+        assert async_op
+        sent.append(tensor)
+        return Reduction()
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    shapes = [(8, 8), (12, 4), (8, 8), (8, 8)]
+    spec = specs.Muon(ns_dtype="bfloat16", momentum_start=0.0, momentum_warmup_steps=9)
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        for i, parameter in enumerate(parameters):
+            parameter.grad = draw(*parameter.shape, seed=i)
+        Muon(parameters, spec).step()
+
+    # Each rank sends one stack of a shape, then the next, and only then waits for either.
+    assert waits == [2, 2, 4, 4]
+    assert {tensor.dtype for tensor in sent} == {torch.bfloat16}
+    squares = torch.stack([draw(8, 8, seed=i) for i in (0, 2, 3)])
+    whole = newton_schulz(squares, triples(spec), torch.bfloat16)
+    torch.testing.assert_close(sent[0] + sent[2], whole, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +267,62 @@ def test_a_restored_optimizer_goes_on_to_the_same_bits():
 
     pairs = zip(straight.parameters(), resumed.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def states_of(optimizers):
+    return [
+        tensor
+        for optimizer in optimizers.by_role.values()
+        for state in optimizer.state.values()
+        for tensor in state.values()
+    ]
+
+
+def test_a_state_is_loaded_into_the_tensors_that_there_are():
+    model = build(tiny.full_model(), seed=0)
+    optimizers = Optimizers(model, specs.Optimizer())
+    take_steps(model, optimizers, 0, 1)
+    before, saved = states_of(optimizers), copy.deepcopy(optimizers.state_dict())
+    values = [tensor.clone() for tensor in before]
+    take_steps(model, optimizers, 1, 3)
+
+    optimizers.load_state_dict(saved)
+
+    after = states_of(optimizers)
+    assert all(one is other for one, other in zip(before, after, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(after, values, strict=True))
+
+
+def test_steps_that_are_rolled_back_to_a_fresh_optimizer_leave_no_trace():
+    rolled, fresh = (build(tiny.full_model(), seed=0) for _ in range(2))
+    ahead, first = (Optimizers(model, specs.Optimizer()) for model in (rolled, fresh))
+    before = copy.deepcopy((rolled.state_dict(), ahead.state_dict()))
+    take_steps(rolled, ahead, 5, 8)
+
+    rolled.load_state_dict(before[0])
+    ahead.load_state_dict(before[1])
+    take_steps(rolled, ahead, 0, 3)
+    take_steps(fresh, first, 0, 3)
+
+    pairs = zip(rolled.parameters(), fresh.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_muon_takes_its_rates_as_tensors_too():
+    spec = specs.Muon(lr=0.03, weight_decay=0.1)
+    ends = []
+    for kind in (float, torch.tensor):
+        parameters = [nn.Parameter(draw(8, 8)), nn.Parameter(draw(12, 4, seed=2))]
+        muon = Muon(parameters, spec)
+        muon.param_groups[0] |= {"lr": kind(0.02), "momentum": kind(0.9)}
+        for step in range(2):
+            for parameter in parameters:
+                parameter.grad = draw(*parameter.shape, seed=step)
+            muon.step()
+        ends.append(parameters)
+
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 def test_an_untied_head_moves_at_its_own_small_rate():

@@ -7,9 +7,11 @@ cross document boundaries, as in the challenge's own loader; unlike there, no to
 between ranks. Source of the stream's shape: techniques.md 1.1.
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from trainer.data.shards import TokenStream
 from trainer.errors import DataError, UsageError
@@ -43,8 +45,10 @@ class Loader:
         self.batch_sequences = batch_tokens // seq_len
         self.epoch_sequences = (len(stream) - 1) // seq_len
 
-    def rows(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
-        """Read a rank's share of a step's batch: int64 [sequences, T + 1].
+    def rows(
+        self, step: int, rank: int = 0, world_size: int = 1, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Read a rank's share of a step's batch: int64 [sequences, T + 1], into `out` if given.
 
         Ranks take contiguous slices: their rows, in rank order, are the batch of one worker.
         """
@@ -58,23 +62,37 @@ class Loader:
             raise IndexError(f"step {step}, rank {rank} of {world_size}")
         num_rows = self.batch_sequences // world_size
         first = step * self.batch_sequences + rank * num_rows
-        rows = np.empty((num_rows, self._seq_len + 1), dtype=np.int64)
-        for row, position in zip(rows, range(first, first + num_rows), strict=True):
-            start = self._sequence_at(position) * self._seq_len
-            row[:] = self._stream.read(start, start + self._seq_len + 1)
+        rows = np.empty((num_rows, self._seq_len + 1), dtype=np.int64) if out is None else out
+        done = 0
+        for sequence, count in self._runs(first, first + num_rows):
+            start = sequence * self._seq_len
+            tokens = self._stream.read(start, start + count * self._seq_len + 1)
+            windows = sliding_window_view(tokens, self._seq_len + 1)[:: self._seq_len]
+            rows[done : done + count] = windows
+            done += count
         return rows
 
-    def _sequence_at(self, position: int) -> int:
-        epoch, index = divmod(position, self.epoch_sequences)
-        if self._order == "sequential":
-            return index
+    def _runs(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Walk the sequences at positions [first, stop): each first of a run, and its length."""
+        position = first
+        while position < stop:
+            epoch, index = divmod(position, self.epoch_sequences)
+            if self._order == "sequential":
+                count = min(stop - position, self.epoch_sequences - index)
+                yield index, count
+            else:
+                count = 1
+                yield int(self._permutation_of(epoch)[index]), count
+            position += count
+
+    def _permutation_of(self, epoch: int) -> np.ndarray:
         if epoch not in self._permutations:
             # A batch may span two epochs (more when the stream is tiny); older ones are not kept.
             self._permutations = {
                 known: order for known, order in self._permutations.items() if known == epoch - 1
             }
             self._permutations[epoch] = permutation(self.epoch_sequences, self._seed, epoch)
-        return int(self._permutations[epoch][index])
+        return self._permutations[epoch]
 
 
 def permutation(num_sequences: int, seed: int, epoch: int) -> np.ndarray:

@@ -9,6 +9,7 @@ count as done.
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -62,10 +63,11 @@ def train(
     """
     with memory_watched(task.train, ranks):
         loop = Loop(task, dataset, folder, ranks, Steering(steer, ranks), memo or Memo())
-        loop.begin([] if start is None else [start])
-        with loop.clock.phase("train"):
-            loop.run_to_the_end()
-        return loop.finish()
+        with closing(loop):
+            loop.begin([] if start is None else [start])
+            with loop.clock.phase("train"):
+                loop.run_to_the_end()
+            return loop.finish()
 
 
 class Loop:
@@ -91,6 +93,7 @@ class Loop:
         self.kin = kin_of(task, dataset, ranks)
         self.state = TrainState(task, ranks, self.clock)
         self.validator = Validator(task, dataset, ranks, memo)
+        self._begun = ExitStack()
         self.loss: torch.Tensor | None = None
         """This rank's loss of the last step, until the gang's is asked for."""
 
@@ -102,7 +105,9 @@ class Loop:
             raise TrainingError(f"{self.folder}: the workers read different checkpoints; run again")
         self.first_step = state.step
         self.journal = ranks.together(lambda: self._journal(starts))
-        self.runner = StepRunner(self.task, self.dataset, state, ranks)
+        self.runner = self._begun.enter_context(
+            closing(StepRunner(self.task, self.dataset, state, ranks))
+        )
         self.late_qat = LateQat(self.task.train.qat, state, self.runner, self.journal)
         with self.clock.phase("validate"):
             if not resumed:
@@ -112,6 +117,10 @@ class Loop:
             if self._is_cold():
                 self.runner.warm_up()
             ranks.barrier()
+
+    def close(self) -> None:
+        """End what runs beside the steps, after any end of the run."""
+        self._begun.close()
 
     def _is_cold(self) -> bool:
         """Whether a step would do more than its work: always, unless this process has run such

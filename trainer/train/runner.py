@@ -1,7 +1,9 @@
 """One step of a training: its batch, its gradients, its update, and what it costs."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -10,6 +12,8 @@ from trainer.data.shards import Dataset
 from trainer.errors import UsageError
 from trainer.runtime.distributed import Ranks
 from trainer.specs.task import TrainTask
+from trainer.train.prefetch import Prefetcher
+from trainer.train.recompiles import MOST_GRAPHS, graphs_built, refuse_graphs_built_since
 from trainer.train.state import TrainState
 
 
@@ -32,7 +36,8 @@ class StepRunner:
             seed=self.spec.seed,
         )
         # Reading a share also refuses workers that do not divide the batch.
-        local = len(self.loader.rows(state.step, ranks.rank, ranks.world_size))
+        share = self.loader.rows(state.step, ranks.rank, ranks.world_size).shape
+        local = share[0]
         micro = (self.spec.micro_batch_tokens or local * self.spec.seq_len) // self.spec.seq_len
         if local % micro:
             raise UsageError(
@@ -40,15 +45,47 @@ class StepRunner:
                 f"share of the batch, {local * self.spec.seq_len} tokens on {ranks.world_size}"
             )
         self.rows_per_micro = micro
-        model = torch.compile(state.model, fullgraph=True) if self.spec.compile else state.model
+        # On a CPU a thread would only take turns with the steps.
+        self.prefetcher = None
+        if ranks.device.type != "cpu":
+            read = partial(_read, self.loader, ranks)
+            self.prefetcher = Prefetcher(read, share, ranks.device)
+        self.is_warm = False
+        """Whether all graphs that the steps need have been built."""
+        model: torch.nn.Module = state.model
+        if self.spec.compile:
+            # Steps have one shape; for a second one, a score's, torch would build in between.
+            model = torch.compile(model, fullgraph=True, dynamic=False)  # type: ignore[assignment]
         self.forward = (
             DistributedDataParallel(model, broadcast_buffers=False)
             if ranks.world_size > 1
             else model
         )
 
+    def close(self) -> None:
+        """End what runs beside the steps."""
+        if self.prefetcher is not None:
+            self.prefetcher.close()
+
     def step(self, step: int, scale: float) -> torch.Tensor:
-        """Run step `step`; return this rank's mean loss in nats as a 0-dim tensor."""
+        """Run step `step`; return this rank's mean loss in nats as a 0-dim tensor.
+
+        TrainingError if it compiled anything after the warm-up, or after the first step of a
+        training without one.
+        """
+        if not self.spec.compile:
+            return self._step(step, scale)
+        if not self.is_warm:
+            with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+                total = self._step(step, scale)
+            self.is_warm = not self.spec.warmup_steps
+            return total
+        built = graphs_built()
+        total = self._step(step, scale)
+        refuse_graphs_built_since(built, step, self.spec.warmup_steps)
+        return total
+
+    def _step(self, step: int, scale: float) -> torch.Tensor:
         micros = self._micros(step)
         total = torch.zeros((), device=self.ranks.device)
         for i, micro in enumerate(micros):
@@ -73,8 +110,10 @@ class StepRunner:
 
     def _micros(self, step: int) -> tuple[torch.Tensor, ...]:
         """This rank's share of step `step`, in micro-batches of rows [b, T + 1]."""
-        rows = torch.from_numpy(self.loader.rows(step, self.ranks.rank, self.ranks.world_size))
-        return rows.to(self.ranks.device).split(self.rows_per_micro)
+        if self.prefetcher is not None:
+            return self.prefetcher.take(step).split(self.rows_per_micro)
+        rows = self.loader.rows(step, self.ranks.rank, self.ranks.world_size)
+        return torch.from_numpy(rows).split(self.rows_per_micro)
 
     def _unreduced(self) -> AbstractContextManager[None]:
         """Inside, a backward keeps its gradients to this rank."""
@@ -89,6 +128,7 @@ class StepRunner:
             self.step(step, 1.0)
             self.state.averages.update(step + 1, 1.0, 0.0)
         self.state.restore(before)
+        self.is_warm = True
 
     def read_clock(self) -> None:
         """Agree on the time after a step, if it decides anything."""
@@ -122,3 +162,7 @@ class StepRunner:
         self.paced_from = self.state.step, now_s
         num_steps = self.state.step - step
         return {"train/step_s": round((now_s - clock_s) / num_steps, 6)} if num_steps else {}
+
+
+def _read(loader: Loader, ranks: Ranks, step: int, out: np.ndarray) -> None:
+    loader.rows(step, ranks.rank, ranks.world_size, out)

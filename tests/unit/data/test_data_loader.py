@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.loader import Loader
+from trainer.data.loader import Loader, permutation
 from trainer.data.shards import TokenStream, write_shard
 from trainer.errors import DataError, UsageError
 
@@ -39,6 +39,51 @@ def test_every_token_after_the_first_is_a_target_once_in_an_epoch(stream, order)
 
     assert loader.epoch_sequences == 17
     assert sorted(rows[:, 1:].ravel().tolist()) == list(range(1, 103))
+
+
+def rows_one_by_one(stream, seq_len, batch, order, seed, step):
+    """Slow plain twin: each row's own read, and its sequence from the epoch's own order."""
+    per_epoch, rows = (len(stream) - 1) // seq_len, []
+    for position in range(step * batch, (step + 1) * batch):
+        epoch, index = divmod(position, per_epoch)
+        if order == "shuffled":
+            index = int(permutation(per_epoch, seed, epoch)[index])
+        rows.append(stream.read(index * seq_len, (index + 1) * seq_len + 1).tolist())
+    return rows
+
+
+@given(
+    step=st.integers(0, 40),
+    order=st.sampled_from(["sequential", "shuffled"]),
+    seq_len=st.integers(1, 40),
+    batch=st.integers(1, 30),
+)
+@settings(max_examples=80)
+def test_rows_are_those_that_the_plain_twin_reads_one_by_one(stream, step, order, seq_len, batch):
+    loader = Loader(stream, seq_len, batch_tokens=batch * seq_len, order=order, seed=7)
+
+    expected = rows_one_by_one(stream, seq_len, batch, order, 7, step)
+
+    assert loader.rows(step).tolist() == expected
+
+
+def test_rows_can_be_read_into_memory_that_is_there(stream):
+    loader = Loader(stream, seq_len=10, batch_tokens=40, order="sequential", seed=7)
+    out = np.zeros((2, 11), dtype=np.int64)
+
+    loader.rows(3, 1, 2, out)
+
+    assert out.tolist() == loader.rows(3)[2:].tolist()
+
+
+def test_neighbours_in_the_stream_are_read_at_once(stream, monkeypatch):
+    reads = []
+    read = TokenStream.read
+    monkeypatch.setattr(TokenStream, "read", lambda *a: reads.append(a[1:]) or read(*a))
+
+    Loader(stream, seq_len=10, batch_tokens=70, order="sequential", seed=7).rows(1)
+
+    assert reads == [(70, 101), (0, 41)]
 
 
 def test_a_row_is_a_run_of_the_stream_and_its_neighbour_shares_one_token(stream):
