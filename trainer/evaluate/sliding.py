@@ -1,5 +1,6 @@
 """A stream scored with sliding windows, summed into totals."""
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -10,7 +11,8 @@ from torch import nn
 
 from trainer.data.bytecount import ByteTable
 from trainer.errors import DataError
-from trainer.evaluate.tape import Tape
+from trainer.evaluate.compiled import Compiled
+from trainer.evaluate.tape import Flight, Tape
 from trainer.evaluate.windows import Windows, batches, plan_windows
 from trainer.model.gpt import GPT
 from trainer.results import Totals
@@ -42,16 +44,33 @@ def plan_of(tape: Tape, spec: EvaluateSpec) -> Windows:
 @torch.no_grad()
 def slide(model: GPT, tape: Tape, spec: EvaluateSpec, ranks: Ranks) -> None:
     """Score a whole tape with sliding windows, the ranks sharing them; what the tape's journal
-    holds is not scored again."""
+    holds is not scored again.
+
+    A batch is launched before the scores of the one before it are waited for, so that the device
+    always has work.
+    """
     done = tape.resume(ranks)
     known = set(zip(done.start.tolist(), done.stop.tolist(), strict=True))
+    plan = plan_of(tape, spec).joined()
+    compiled = Compiled(model, plan, spec.batch_windows) if spec.compile else None
+    flights: deque[Flight] = deque()
     with evaluating(model):
-        for batch in share(plan_of(tape, spec).joined(), spec, ranks):
-            if (int(batch.start[0]), int(batch.stop[0])) not in known:
-                tape.score(model, batch, ranks.device, spec.window)
-                tape.save()
+        for batch in share(plan, spec, ranks):
+            if (int(batch.start[0]), int(batch.stop[0])) in known:
+                continue
+            forward, shape = compiled.forward_for(batch) if compiled else (model, None)
+            flights.append(tape.launch(forward, batch, ranks.device, spec.window, shape))
+            if len(flights) > 1:
+                _land(tape, flights)
+        while flights:
+            _land(tape, flights)
     tape.journal = None  # all is scored: what the others did is not worth writing down
     tape.gather(ranks)
+
+
+def _land(tape: Tape, flights: deque[Flight]) -> None:
+    tape.land(flights.popleft())
+    tape.save()
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from trainer.data.bytecount import ByteTable
 from trainer.errors import TrainingError
 from trainer.evaluate.journal import Entry, Journal
 from trainer.evaluate.progress import Progress, Silent
-from trainer.evaluate.windows import Windows, concatenate
+from trainer.evaluate.windows import Shape, Windows, concatenate, shape_of
 from trainer.results import Totals
 from trainer.runtime.distributed import Ranks
 
@@ -39,6 +39,20 @@ class Event:
     kind: str
     predictions: int
     digest: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Flight:
+    """A batch that is being scored: its losses [B, S], and bool [B, S], which of them are scored.
+
+    `fetched` holds the losses on the host, float32, once `ready` has come to pass.
+    """
+
+    windows: Windows
+    scored: np.ndarray
+    losses: Tensor
+    fetched: Tensor
+    ready: torch.cuda.Event | None
 
 
 class Tape:
@@ -81,22 +95,44 @@ class Tape:
     ) -> tuple[Tensor, Tensor]:
         """Score the ends of a batch of windows and seal them.
 
-        Rows are filled up behind to the longest; no filling is seen from before it. Returns the
-        losses [B, S] with their graph, for a step on what is now sealed, and bool [B, S], which of
-        them are scored.
+        Returns the losses [B, S] with their graph, for a step on what is now sealed, and bool
+        [B, S], which of them are scored.
         """
-        length = windows.length
-        longest, first = int(length.max()), int((length - windows.scored).min())
-        inside = np.arange(longest + 1) <= length[:, None]
-        rows = np.where(inside, windows.start[:, None] + np.arange(longest + 1), 0)
-        filled = np.where(inside, self._tokens[rows], 0).astype(np.int64)
-        batch = torch.from_numpy(filled).to(device)
-        losses = forward(batch[:, :-1], batch[:, first + 1 :], width)
-        column = np.arange(first, longest)
+        flight = self.launch(forward, windows, device, width)
+        self.land(flight)
+        return flight.losses, torch.from_numpy(flight.scored).to(device)
+
+    def launch(
+        self,
+        forward: Forward,
+        windows: Windows,
+        device: torch.device,
+        width: int,
+        shape: Shape | None = None,
+    ) -> Flight:
+        """Start to score the ends of a batch of windows; `land` seals them. Waits for no device.
+
+        The batch has its own shape or a larger one that it is told: rows are filled up behind, and
+        no filling is seen from before it; rows that stand for no window are dropped.
+        """
+        shape = shape or shape_of(windows)
+        first, length = shape.length - shape.scored, windows.length
+        inside = np.arange(shape.length + 1) <= length[:, None]
+        rows = np.where(inside, windows.start[:, None] + np.arange(shape.length + 1), 0)
+        filled = np.zeros((shape.rows, shape.length + 1), np.int64)
+        filled[: len(windows)] = np.where(inside, self._tokens[rows], 0)
+        batch = _sent(filled, device)
+        losses = forward(batch[:, :-1], batch[:, first + 1 :], width)[: len(windows)]
+        column = np.arange(first, shape.length)
         scored = (column >= (length - windows.scored)[:, None]) & (column < length[:, None])
-        self._seal(windows, losses.detach().float().cpu().numpy()[scored])
-        self.progress.advance(int(windows.scored.sum()))
-        return losses, torch.from_numpy(scored).to(device)
+        return Flight(windows, scored, losses, *_fetched(losses.detach().float()))
+
+    def land(self, flight: Flight) -> None:
+        """Wait for the scores of a batch and seal them. Batches land as they were launched."""
+        if flight.ready is not None:
+            flight.ready.synchronize()
+        self._seal(flight.windows, flight.fetched.numpy()[flight.scored])
+        self.progress.advance(int(flight.windows.scored.sum()))
 
     def lend(self, first: int, stop: int) -> np.ndarray:
         """Return the tokens [first, stop] behind predictions first … stop - 1, all of them sealed.
@@ -226,3 +262,22 @@ class Tape:
         is_theirs = self.journal is not None and self.journal.rank and not len(windows)
         if self.journal is not None and not is_theirs:
             self._unsaved.append(Entry(kind, predictions, windows, losses))
+
+
+def _sent(values: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array to a device. Only from pinned memory does that not wait for its kernels."""
+    tensor = torch.from_numpy(values)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _fetched(losses: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Start to copy losses to the host. The event comes before what is launched after this."""
+    if losses.device.type != "cuda":
+        return losses.cpu(), None
+    # torch makes this copy in pinned memory, so it runs behind the forward and nobody waits.
+    fetched = losses.to("cpu", non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record(torch.cuda.current_stream(losses.device))
+    return fetched, ready

@@ -7,6 +7,7 @@ documents the windows slide inside each of them.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -58,6 +59,31 @@ class Windows:
         last = np.append(first[1:], len(self)) - 1
         begin = (self.stop - self.scored)[first]
         return Windows(self.start[first], self.stop[last], self.stop[last] - begin)
+
+
+class Shape(NamedTuple):
+    """A batch's: `rows` windows of up to `length` tokens, losses of the last `scored` of these."""
+
+    rows: int
+    length: int
+    scored: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a forward of this shape reads."""
+        return self.rows * self.length
+
+    def holds(self, other: "Shape") -> bool:
+        """Whether a batch of the other shape can be filled up to this one."""
+        is_within = other.rows <= self.rows and other.length <= self.length
+        return is_within and other.length - other.scored >= self.length - self.scored
+
+
+def shape_of(batch: Windows) -> Shape:
+    """Return the smallest shape that holds a batch."""
+    length = batch.length
+    longest = int(length.max())
+    return Shape(len(batch), longest, longest - int((length - batch.scored).min()))
 
 
 def concatenate(parts: list[Windows]) -> Windows:
