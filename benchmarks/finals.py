@@ -3,8 +3,10 @@
     python benchmarks/finals.py BANK --tokens val.bin --tokenizer fineweb_1024_bpe.model \
         --train-tokens train.bin [--device cuda] [--limit N] [--out rows.jsonl]
 
-BANK is a folder that `fairway import` left, of a pr414. Hessians are collected on --train-tokens;
---generated adds the rounding by Hessians of the model's own text (456 s to draw it on an H200).
+BANK is a folder that `fairway import` left, of a pr414. First its own final with GPTQ is made
+twice and split by part: the first time kernels are compiled. Hessians are collected on
+--train-tokens; --generated adds the rounding by Hessians of the model's own text (456 s to draw it
+on an H200).
 Bytes are sizes on disk of weights files; what is scored is read back from one of them, once per
 quantizer, because the coders lose nothing. Columns: `output` is the squared error at the outputs of
 all integer matrices that have a Hessian, as a share of the outputs' own square, and `of nearest`
@@ -37,6 +39,7 @@ from trainer.finalize.artifact import read_weights, write_weights
 from trainer.finalize.calibration import generated_batches, training_batches
 from trainer.finalize.gptq import row_errors
 from trainer.finalize.hessians import collect_hessians
+from trainer.finalize.pipeline import finalize
 from trainer.finalize.quantize import TensorRecord, quantize_tensors
 from trainer.finalize.stored import Stored
 from trainer.importer.folder import load_bank
@@ -51,6 +54,7 @@ from trainer.specs.final import (
     Brotli,
     Clips,
     Compress,
+    FinalSpec,
     Gptq,
     Lqer,
     Lzma,
@@ -217,6 +221,22 @@ def collected(
         yield source, hessians
 
 
+def split(
+    model: ModelSpec, state: Mapping[str, Tensor], final: FinalSpec, hessians: Mapping[str, Tensor]
+) -> None:
+    """Make one whole final twice, and say what each part of it took."""
+    by_hessian = replace(final, quantize=replace(final.quantize, gptq=Gptq()))
+    for name in ("first", "again"):
+        with tempfile.TemporaryDirectory() as folder:
+            report = finalize(state, model, by_hessian, Path(folder), "0" * 64, hessians)
+        methods: dict[str, float] = {}
+        for record in report.tensors:
+            methods[record.method] = methods.get(record.method, 0.0) + record.seconds
+        parts = {**report.clock_s, **{f"of it {method}": s for method, s in methods.items()}}
+        told = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in parts.items())
+        print(f"a final with GPTQ and {final.compress.kind}, {name}: {told}", flush=True)
+
+
 def finish(row: Row, out: Path | None) -> None:
     """Wait for a row's files and print it; a file that could not be written costs a dash."""
     figures: dict[str, Any] = {
@@ -272,8 +292,8 @@ def main() -> None:
     recipe = parse(Recipe, read_recipe(arguments.bank / "recipe.yaml"), "recipe")
     model = trained.exported()
     sizes = tensor_sizes(blueprint(model))
-    state = {size.name: whole[size.name] for size in sizes}
     ranks = Ranks(device=torch.device(arguments.device))
+    state = {size.name: whole[size.name].to(ranks.device) for size in sizes}
     stream = TokenStream([arguments.tokens])
     stop = min(len(stream), (arguments.limit or len(stream)) + 1)
     text = Text(stream.read(0, stop), arguments.tokenizer, str(arguments.tokens))
@@ -281,6 +301,7 @@ def main() -> None:
     score = score_state(model, state, text, evaluate, ranks, dtype=arguments.dtype).score
     print(f"unquantized {score.val_bpb:.5f} bpb over {score.tokens:,} predictions", flush=True)
     hessians = dict(collected(model, state, arguments, ranks))
+    split(trained, whole, recipe.final, hessians["train"])
     rows = quantizers(recipe.final.quantize)
     if arguments.generated:
         rows["sd12.85, gptq, own text"] = replace(SD, gptq=Gptq(calibration="generated"))

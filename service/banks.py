@@ -81,6 +81,10 @@ class Bank:
         model = build(self.model.exported(), dtype=self.dtype)
         return model.to(current().device).eval()
 
+    def on_device(self) -> dict[str, Tensor]:
+        """The state where its finals are computed: on this machine's device."""
+        return {name: tensor.to(current().device) for name, tensor in self.state.items()}
+
     def exported(self) -> dict[str, Tensor]:
         """The parameters that the built model has."""
         names = [name for name, _ in build(self.model.exported()).named_parameters()]

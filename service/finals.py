@@ -48,7 +48,7 @@ def quantize_bank(paths: Paths, wanted: Wanted, out: Path) -> dict[str, Any]:
     with _whole(out) as folder:
         artifact = folder / "artifact"
         report = finalize(
-            bank.state, bank.model, bank.final, artifact, bank.tokenizer_sha256, hessians
+            bank.on_device(), bank.model, bank.final, artifact, bank.tokenizer_sha256, hessians
         )
         document = _document(bank, bank.final, report)
         _describe(folder, bank.final, report, document)
@@ -128,7 +128,7 @@ def _fitted(paths: Paths, bank: Bank, wanted: Wanted, cap_bytes: int) -> Path:
         talk.say("found", fit=folder)
         return folder
     hessians = hessians_for(paths, bank, wanted)
-    subject = Subject(bank.state, bank.model, bank.tokenizer_sha256, hessians)
+    subject = Subject(bank.on_device(), bank.model, bank.tokenizer_sha256, hessians)
     with _whole(folder) as made:
         fitted = fit(subject, bank.final, cap_bytes, made / "artifact", probe, keep, talk.say)
         document = _document(bank, fitted.final, fitted.report)

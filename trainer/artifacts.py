@@ -7,13 +7,16 @@ written last, means done. Scoring what lies there is `trainer.run`'s.
 import shutil
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from trainer.codec import dump, parse
 from trainer.data.shards import Dataset
 from trainer.finalize.calibration import calibration_batches
+from trainer.finalize.hessians import FILE as HESSIANS_FILE
 from trainer.finalize.hessians import collect_hessians, load_hessians, save_hessians
 from trainer.finalize.pipeline import FinalReport
 from trainer.finalize.pipeline import finalize as write_artifact
@@ -91,15 +94,39 @@ class Entry:
 def open_entry(
     task: ArtifactTask, training: Path, dataset: Dataset, hessians: Path | None, ranks: Ranks
 ) -> Entry:
-    """Read the entry that a task names, and the Hessians of the folder that is given."""
+    """Read the entry that a task names onto the device, and the Hessians of the folder that is
+    given. Finals that follow one another in a process share what they read: nobody changes it."""
     trained_as, _ = load_training(training)
+    bank = training / "bank"
     return Entry(
-        state=load_tensors(training / "bank", task.entry),
+        state=_state(bank, task.entry, ranks.device, _stamp(bank, task.entry)),
         model=trained_as.model,
         tokenizer_sha256=sha256_file(dataset.tokenizer_path),
-        hessians=hessians and load_hessians(hessians, ranks.device),
+        hessians=hessians and _hessians(hessians, ranks.device, _stamp(hessians, HESSIANS_FILE)),
         calibration_clock_s=hessians and read_json(hessians / "result.json")["clock_s"],
     )
+
+
+Stamp = tuple[int, int] | None
+
+
+def _stamp(folder: Path, name: str) -> Stamp:
+    """What a file of tensors changes with: one that was written over is read anew."""
+    path = folder / f"{name}.pt"
+    if not path.is_file():
+        return None
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+@lru_cache(maxsize=1)  # as much memory as one final takes
+def _state(folder: Path, entry: str, device: torch.device, stamp: Stamp) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in load_tensors(folder, entry).items()}
+
+
+@lru_cache(maxsize=1)
+def _hessians(folder: Path, device: torch.device, stamp: Stamp) -> dict[str, Tensor]:
+    return load_hessians(folder, device)
 
 
 def make_room(folder: Path) -> Path:

@@ -13,10 +13,13 @@ import pytest
 
 from service.tasks import run_final
 from tests import tiny
-from trainer.codec import dump
+from trainer.artifacts import Entry, open_entry
+from trainer.codec import dump, parse
+from trainer.data.shards import load_dataset
+from trainer.errors import DataError
 from trainer.run import train
 from trainer.runtime.distributed import Ranks
-from trainer.specs.task import final_task, train_task
+from trainer.specs.task import FinalTask, artifact_task, final_task, train_task
 
 ROOT = Path(__file__).resolve().parents[2]
 GPTQ = {"sequences": 4, "seq_len": 32}
@@ -99,6 +102,27 @@ def test_finals_that_differ_in_their_evaluation_share_artifact_and_hessians(home
     assert sorted(set(results(home)) - set(before)) == ["store/finals/f1/result.json"]
     assert second["weights_sha256"] == first["weights_sha256"]
     assert second["score"]["val_bpb"] != first["score"]["val_bpb"]
+
+
+def test_finals_in_one_process_share_the_bank_until_its_file_changes(home: Path) -> None:
+    told = job(home)
+    run_final(told)
+    store, task = home / "store", artifact_task(parse(FinalTask, told["task"], "task"))
+    dataset = load_dataset(Path(told["data"]))
+
+    def opened() -> Entry:
+        return open_entry(task, store / "trainings/t0", dataset, store / "hessians/h0", Ranks())
+
+    one, two = opened(), opened()
+
+    assert one.hessians is not None
+    assert two.hessians is not None
+    for first, second in ((one.state, two.state), (one.hessians, two.hessians)):
+        assert all(second[name] is tensor for name, tensor in first.items())
+    file = store / f"trainings/t0/bank/{task.entry}.pt"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DataError, match=f"{task.entry}.pt: altered"):
+        opened()
 
 
 def test_the_seconds_that_calibration_reads_training_text_are_recorded(home: Path) -> None:

@@ -2,13 +2,14 @@
 
 `Factors` makes Hessians ready, `round_rows` rounds a matrix by one, on the scales that it is given,
 and `row_errors` says what a rounding costs. Which scales are tried, and what is kept, is
-`trainer.finalize.quantize`'s choice.
+`trainer.finalize.quantize`'s choice. `walk_block`, the inner loop, has a fast twin for CUDA devices
+in `trainer.finalize.gptq_triton`.
 
 Source: Frantar et al. 2022 (arXiv 2210.17323); parameter-golf PR #1019 (techniques 2.24).
 Shapes: weight [rows, cols], hessian [cols, cols]. Everything runs on the Hessian's device.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -116,22 +117,43 @@ def round_rows(
     """
     # Transposed, so that a column lies in one piece.
     own = weight.masked_fill(factor.dead, 0.0).T[factor.order].contiguous()
-    aim, alive, scale = own.clone(), own != 0, scale.float()
+    aim, scale = own.clone(), scale.float()
     q = torch.empty_like(own, dtype=torch.int8)
-    lost = torch.empty_like(own)
     mix = factor.root / factor.root.diagonal()
-    for first in range(0, len(aim), block):
-        columns = aim[first : first + block]
-        stop = first + len(columns)
-        for k, column in enumerate(columns):
-            j = first + k
-            steps = quantize_rows(column[:, None], scale, bits, symmetric=symmetric)
-            steps *= alive[j][:, None]
-            q[j] = steps[:, 0]
-            lost[j] = own[j] - dequantize_rows(steps, scale)[:, 0]
-            columns[k + 1 :].addr_(mix[j, j + 1 : stop], lost[j])
-        aim[stop:].addmm_(mix[first:stop, stop:].T, lost[first:stop])
+    walk = walk_on(own.device)
+    for first in range(0, len(own), block):
+        stop = min(first + block, len(own))
+        columns, within = slice(first, stop), mix[first:stop, first:stop]
+        walk(own[columns], aim[columns], within, scale, q[columns], bits, symmetric=symmetric)
+        aim[stop:].addmm_(mix[columns, stop:].T, aim[columns])
     return q[factor.order.argsort()].T.contiguous()
+
+
+def walk_on(device: torch.device) -> Callable[..., None]:
+    """Return the walk over a block's columns for a device: `walk_block` or its fast twin."""
+    if device.type == "cuda":
+        from trainer.finalize.gptq_triton import walk_block_triton
+
+        return walk_block_triton
+    return walk_block
+
+
+def walk_block(
+    own: Tensor, aim: Tensor, mix: Tensor, scale: Tensor, q: Tensor, bits: int, *, symmetric: bool
+) -> None:
+    """Round the columns of a block in turn: the aim of each to `q`, and pass on what it lost.
+
+    own, aim, q [block, rows], mix [block, block], scale float32 [rows]. In place: `q` takes the
+    integers, `aim` what rounding took from each column of `own`.
+    """
+    alive = own != 0
+    for k, column in enumerate(aim):
+        steps = quantize_rows(column[:, None], scale, bits, symmetric=symmetric)
+        steps *= alive[k][:, None]
+        q[k] = steps[:, 0]
+        lost = own[k] - dequantize_rows(steps, scale)[:, 0]
+        aim[k + 1 :].addr_(mix[k, k + 1 :], lost)
+        aim[k] = lost
 
 
 def row_errors(error: Tensor, hessian: Tensor) -> Tensor:

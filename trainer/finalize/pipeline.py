@@ -20,7 +20,7 @@ from trainer.finalize.artifact import check_shapes, write_weights
 from trainer.finalize.code import write_code
 from trainer.finalize.gptq import row_errors
 from trainer.finalize.prune import num_pruned, prune
-from trainer.finalize.quantize import TensorRecord, quantize_tensors
+from trainer.finalize.quantize import TensorRecord, quantize_tensors, working_device
 from trainer.finalize.stored import Stored, restore
 from trainer.finalize.trim import Trimmed, trim_ones
 from trainer.runtime.files import sha256_file
@@ -56,12 +56,13 @@ def finalize(
     """Prune, quantize, trim and write a state as `weights.fw` and its code; report from the files.
 
     `model` is the trained one; the artifact holds what it exports. Hessians are those of
-    `quantize_tensors`.
+    `quantize_tensors`, and so is the device, which the state is moved to once.
     """
     started = time.perf_counter()
     exported = model.exported()
     tensors = tensor_sizes(blueprint(exported))
-    pruned, total_pruned = _prune_large(_checked(state, model), tensors, final)
+    checked = _checked(state, model, working_device(state, hessians))
+    pruned, total_pruned = _prune_large(checked, tensors, final)
     after_prune = time.perf_counter()
     stored, records = quantize_tensors(pruned, tensors, final.quantize, hessians)
     after_quantize = time.perf_counter()
@@ -107,7 +108,8 @@ def _measured_again(
     """What storing a tensor costs once some of its ones are gone."""
     if record.name not in trimmed.names:
         return record
-    error = state[record.name] - restore(trimmed.stored[record.name])
+    weight = state[record.name]
+    error = weight - restore(trimmed.stored[record.name]).to(weight.device)
     output = record.hessian_error
     if output is not None and hessians is not None:
         hessian = hessians[record.name]
@@ -135,14 +137,16 @@ def artifact_bytes(folder: Path) -> int:
     return total
 
 
-def _checked(state: Mapping[str, Tensor], model: ModelSpec) -> dict[str, Tensor]:
-    """Return what the model exports as float32 on the CPU, every entry of the state finite."""
+def _checked(
+    state: Mapping[str, Tensor], model: ModelSpec, device: torch.device
+) -> dict[str, Tensor]:
+    """Return what the model exports as float32 on a device, every entry of the state finite."""
     check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, model, "state")
     for name, tensor in state.items():
         if not bool(torch.isfinite(tensor).all()):
             raise DataError(f"{name}: holds NaN or infinity; finalize another entry or train again")
     names = [size.name for size in tensor_sizes(blueprint(model.exported()))]
-    return {name: state[name].detach().to("cpu", torch.float32) for name in names}
+    return {name: state[name].detach().to(device, torch.float32) for name in names}
 
 
 def _prune_large(

@@ -67,10 +67,11 @@ def quantize_tensors(
 ) -> tuple[dict[str, Stored], tuple[TensorRecord, ...]]:
     """Compute the stored form of every tensor of a state, whose list is the model's.
 
-    Hessians are those of `trainer.finalize.hessians`, on the device where rounding by them runs; a
-    matrix that has none is rounded to nearest. DataError names a tensor that is in one of state
-    and list only or that does not fit its form, UsageError a layer of `float16_keys` without a
-    key projection, or a Hessian that is missing or another matrix's.
+    Hessians are those of `trainer.finalize.hessians`; a matrix that has none is rounded to nearest.
+    All of it runs on the device of the Hessians, or of the state where there are none; what is
+    stored lies on the CPU. DataError names a tensor that is in one of state and list only or that
+    does not fit its form, UsageError a layer of `float16_keys` without a key projection, or a
+    Hessian that is missing or another matrix's.
     """
     names = {tensor.name for tensor in tensors}
     for name in sorted(state.keys() ^ names):
@@ -81,12 +82,21 @@ def quantize_tensors(
     factors = None if spec.gptq is None else Factors(hessians, tensors, spec.gptq)
     stored: dict[str, Stored] = {}
     records: dict[str, TensorRecord] = {}
+    device = working_device(state, hessians)
     for tensor in tensors:
-        weight = state[tensor.name].detach().to("cpu", torch.float32)
+        weight = state[tensor.name].detach().to(device, torch.float32)
         stored[tensor.name], records[tensor.name] = _store(tensor, weight, spec, factors)
     if spec.lqer is not None:
         _repair_worst(state, stored, records, spec.lqer, factors)
     return stored, tuple(records.values())
+
+
+def working_device(
+    state: Mapping[str, Tensor], hessians: Mapping[str, Tensor] | None
+) -> torch.device:
+    """Return where a state is quantized: with its Hessians, or where it lies."""
+    tensors = [*(hessians or {}).values(), *state.values()]
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def quantize_matrix(
@@ -105,8 +115,8 @@ def quantize_matrix(
     clips, floor = _clips(weight, bits, spec, clip or spec.clip, importance)
     if bits == 8 and spec.int8 is not None:
         return _round_int8(weight, clips[0], spec.int8)
-    best_error = torch.full(weight.shape[:1], torch.inf, dtype=torch.float64)
-    best_clip = torch.zeros(weight.shape[:1])
+    best_clip = torch.zeros(weight.shape[:1], device=weight.device)
+    best_error = torch.full_like(best_clip, torch.inf, dtype=torch.float64)
     for candidate in clips:
         scale = row_scale(candidate, bits, floor)
         q = quantize_rows(weight, scale, bits, symmetric=spec.symmetric)
@@ -164,7 +174,8 @@ def _quantile(ascending: Tensor, share: float) -> Tensor:
     """Interpolate linearly between the two nearest ranks, in float32 as torch.quantile does."""
     rank = torch.tensor(share, dtype=torch.float32) * (ascending.shape[1] - 1)
     below = rank.floor().int()
-    return torch.lerp(ascending[:, below], ascending[:, rank.ceil().int()], rank - below)
+    share_above = (rank - below).to(ascending.device)
+    return torch.lerp(ascending[:, below], ascending[:, rank.ceil().int()], share_above)
 
 
 def _store(
@@ -188,7 +199,14 @@ def _store(
         record = replace(record, method="nearest", floor_share=float(floored.float().mean()))
     else:
         stored, record = _round_by(factor, weight, record, spec, spec.gptq)
-    return stored, _measured(record, weight, stored, factor, time.perf_counter() - started)
+    at_rest = _on_cpu(stored)  # which waits for the device, so that the seconds are whole
+    return at_rest, _measured(record, weight, stored, factor, time.perf_counter() - started)
+
+
+def _on_cpu(stored: Stored) -> Stored:
+    if isinstance(stored, Floats):
+        return Floats(stored.tensor.cpu())
+    return replace(stored, q=stored.q.cpu(), scale=stored.scale.cpu())
 
 
 def _round_by(
@@ -207,29 +225,27 @@ def _round_by(
     nearest, nearest_floored = quantize_matrix(weight, bits, spec, clip, importance)
     clips, floor = _clips(weight, bits, spec, clip, importance)
     floored = torch.cat([nearest_floored[None], clips / levels(bits) < floor])
-    scales = row_scale(clips, bits, floor).to(hessian.device)
-    there = weight.to(hessian.device)
+    scales = row_scale(clips, bits, floor)
     q = round_rows(
-        there.repeat(len(scales), 1),  # rows do not see one another: all candidates at once
+        weight.repeat(len(scales), 1),  # rows do not see one another: all candidates at once
         scales.flatten(),
         bits,
         factor,
         gptq.block,
         symmetric=spec.symmetric,
     )
-    q = torch.cat([nearest.q.to(q.device)[None], q.view(-1, *weight.shape)])
-    scales = torch.cat([nearest.scale.to(q.device)[None], scales])
+    q = torch.cat([nearest.q[None], q.view(-1, *weight.shape)])
+    scales = torch.cat([nearest.scale[None], scales])
     forms = zip(q, scales, strict=True)
-    errors = torch.stack([row_errors(there - dequantize_rows(*form), hessian) for form in forms])
+    errors = torch.stack([row_errors(weight - dequantize_rows(*form), hessian) for form in forms])
     judged = errors
     if spec.clip_scope == "matrix":
         judged = errors.sum(dim=1, keepdim=True).expand_as(errors)
     best, row = judged.argmin(dim=0), torch.arange(len(weight), device=q.device)
-    stored = Quantized(q[best, row].cpu(), scales[best, row].cpu(), bits)
-    return stored, replace(
+    return Quantized(q[best, row], scales[best, row], bits), replace(
         record,
         method="gptq",
-        floor_share=float(floored[best.cpu(), row.cpu()].float().mean()),
+        floor_share=float(floored[best, row].float().mean()),
         nearest_hessian_error=float(errors[0].sum()) / weight.numel(),
         damping=factor.damping,
     )
