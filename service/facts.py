@@ -47,7 +47,9 @@ class Gpu:
 @spec
 class WorkerFacts:
     """What a stage was computed with, as its own process found it. gpus: one a rank. environment:
-    the variables that change sums, as NAME=value. attention: the kernel that torch chose."""
+    the variables that change sums, as NAME=value. attention: the kernel in use, by the recipe or
+    by torch's choice. fused: whether a training used our own. flash_attn: the version of the
+    package that the attention comes from."""
 
     device: Literal["cpu", "cuda"]
     python: str | None = None
@@ -63,6 +65,9 @@ class WorkerFacts:
     driver: str | None = None
     gpus: tuple[Gpu, ...] = ()
     attention: str | None = None
+    fused: bool | None = None
+    triton: str | None = None
+    flash_attn: str | None = None
     numpy: str | None = None
     ray: str | None = None
     zstandard: str | None = None
@@ -137,7 +142,7 @@ def driver_facts(diff: bytes | None = None, root: Path = ROOT) -> DriverFacts:
         dirty = None if status is None else bool(status)
     lock = Path(built.lock_file) if built.lock_file else root / LOCK_FILE
     return DriverFacts(
-        fairway=_version("fairway"),
+        fairway=version_of("fairway"),
         git_commit=commit,
         git_dirty=dirty,
         git_diff_sha256=hashlib.sha256(diff).hexdigest() if diff else None,
@@ -147,13 +152,13 @@ def driver_facts(diff: bytes | None = None, root: Path = ROOT) -> DriverFacts:
         image_digest=built.image_digest,
         python=platform.python_version(),
         platform=platform.platform(),
-        torch=_version("torch"),
-        numpy=_version("numpy"),
-        ray=_version("ray"),
-        mlflow=_version("mlflow"),
-        optuna=_version("optuna"),
-        sentencepiece=_version("sentencepiece"),
-        zstandard=_version("zstandard"),
+        torch=version_of("torch"),
+        numpy=version_of("numpy"),
+        ray=version_of("ray"),
+        mlflow=version_of("mlflow"),
+        optuna=version_of("optuna"),
+        sentencepiece=version_of("sentencepiece"),
+        zstandard=version_of("zstandard"),
     )
 
 
@@ -244,12 +249,13 @@ def process_facts() -> WorkerFacts:
         platform=platform.platform(),
         cpu=_cpu(),
         num_cpus=os.cpu_count(),
-        numpy=_version("numpy"),
-        ray=_version("ray"),
-        zstandard=_version("zstandard"),
-        brotli=_version("brotli"),
-        constriction=_version("constriction"),
-        sentencepiece=_version("sentencepiece"),
+        triton=version_of("triton"),
+        numpy=version_of("numpy"),
+        ray=version_of("ray"),
+        zstandard=version_of("zstandard"),
+        brotli=version_of("brotli"),
+        constriction=version_of("constriction"),
+        sentencepiece=version_of("sentencepiece"),
         libzstd=_libzstd(),
         zlib=zlib.ZLIB_RUNTIME_VERSION,
         liblzma=_liblzma(),
@@ -286,7 +292,8 @@ def _liblzma() -> str | None:
     return told().decode()
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """The version of an installed distribution, None where it is not."""
     try:
         return version(name)
     except PackageNotFoundError:

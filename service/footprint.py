@@ -7,6 +7,7 @@ of finals that are yet to be made, by a TPE or to confirm, are left out.
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from service.attention import EVALUATE_FIELD, TRAIN_FIELD, Kernel
 from service.plan import DECAY, Plan, first_point
 from service.store import Store
 from service.sweep import Sweep
@@ -45,6 +46,16 @@ def example(sweep: Sweep, plan: Plan | None = None) -> Recipe:
     finals = () if plan is None else plan.finals
     point = finals[0].point if finals else first_point(sweep, where)
     return sweep.recipe_at(point, sweep.spec.seeds.search[0], where)
+
+
+def kernels(sweep: Sweep, plan: Plan | None = None) -> tuple[Kernel, ...]:
+    """The attention kernels that the sweep's points name, each once: an example's, the plan's."""
+    one = example(sweep, plan)
+    named = [(TRAIN_FIELD, one.train.attention), (EVALUATE_FIELD, one.evaluate.attention)]
+    if plan is not None:
+        named += [(TRAIN_FIELD, each.task.train.attention) for each in plan.trainings]
+        named += [(EVALUATE_FIELD, each.task.evaluate.attention) for each in plan.finals]
+    return tuple(Kernel(*each) for each in dict.fromkeys(named) if each[1] is not None)
 
 
 def footprint(sweep: Sweep, plan: Plan, store: Store) -> Footprint:

@@ -175,7 +175,7 @@ class Launcher:
     def _check_nodes(self) -> None:
         """Hold a cluster's nodes against what the sweep needs, as `run` did with this machine."""
         site = self.site
-        asked = question(self.sweep, self.plan) if asks_kernel(self.sweep) else None
+        asked = question(self.sweep, self.plan) if asks_kernel(self.sweep, self.plan) else None
         seen = machines(site.paths.store.absolute(), asked)
         checked = require_ready(
             self.sweep, site.paths, site.dataset, self.plan, seen, is_local=False

@@ -9,7 +9,7 @@ import lzma
 import platform
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 from typing import Literal
@@ -17,9 +17,9 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from service.attention import Question, question_of
+from service.attention import EVALUATE_FIELD, TRAIN_FIELD, Question, of_training
 from service.facts import check_packages
-from service.footprint import example, footprint
+from service.footprint import example, footprint, kernels
 from service.machine import Machine, look
 from service.paths import Paths
 from service.plan import Plan
@@ -34,7 +34,8 @@ from trainer.finalize.compress import compress, decompress
 from trainer.specs.final import Compress, FinalSpec, RangeCoder
 
 EXTRAS = ("train", "ray", "mlflow")  # what a sweep needs beyond the bare distribution
-FLASH = ("flash", "cudnn")  # cuDNN's fused attention is the same algorithm
+# cuDNN's fused attention is the same algorithm.
+FLASH = ("flash", "cudnn", "flash_attn_4", "flash_attn_3", "flash_attn_2")
 COARSE_TICK_S = 1e-3  # of a monotonic clock: steps are timed with it
 LARGE_SKEW_S = 1.0
 BUSY_MIB = 1024  # the driver itself keeps some hundred
@@ -78,7 +79,8 @@ def require_ready(
     machines: where gangs run, as `service.nodes` finds them on a cluster. Without it they run here,
     or, unless `is_local`, GPUs and kernel are not judged.
     """
-    here = look(paths.store, question(sweep, plan) if is_local and asks_kernel(sweep) else None)
+    asks = is_local and asks_kernel(sweep, plan)
+    here = look(paths.store, question(sweep, plan) if asks else None)
     if machines is None:
         machines = (here,) if is_local else ()
     found = checks(sweep, paths, dataset, plan, here, machines)
@@ -125,14 +127,18 @@ def checks(
 
 
 def question(sweep: Sweep, plan: Plan | None = None) -> Question:
-    """The attention of the sweep's model on the device of its gangs."""
+    """The attention of the sweep's model on the device of its gangs, and all others it names."""
     recipe = example(sweep, plan)
     device = "cuda" if sweep.spec.resources.gpus_per_worker else "cpu"
-    return question_of(recipe.model, device, recipe.train.dtype, recipe.train.seq_len)
+    return replace(of_training(recipe.model, device, recipe.train), others=kernels(sweep, plan))
 
 
-def asks_kernel(sweep: Sweep) -> bool:
-    """Whether the sweep requires a kernel. Only then it is worth starting torch to ask for one."""
+def asks_kernel(sweep: Sweep, plan: Plan | None = None) -> bool:
+    """Whether the sweep requires or names a kernel. Only then it is worth starting torch to ask."""
+    return _requires_flash(sweep) or bool(kernels(sweep, plan))
+
+
+def _requires_flash(sweep: Sweep) -> bool:
     return sweep.spec.require is not None and sweep.spec.require.attention is not None
 
 
@@ -144,17 +150,21 @@ def _kernel(sweep: Sweep, plan: Plan | None, machines: Sequence[Machine]) -> Ite
         if got is None:
             continue
         detail = f"{machine.host}: {got.backend} {where}"
-        if got.backend is None:
+        if got.backend is None and got.why.startswith((TRAIN_FIELD, EVALUATE_FIELD)):
+            yield _failed("kernel", UsageError(f"{machine.host}: {got.why}"))
+        elif got.backend is None:
             fix = "install a torch that runs on this device, or run elsewhere"
             yield Check("kernel", "fail", f"{machine.host}: none {where}: {got.why}", fix)
-        elif asks_kernel(sweep) and got.backend not in FLASH:
+        elif _requires_flash(sweep) and got.backend not in FLASH:
             detail += f", require.attention is flash: {got.why or 'torch prefers the other'}"
             fix = "set train.dtype=bfloat16, other head sizes, or drop require.attention"
             yield Check("kernel", "fail", detail, fix)
         else:
-            yield Check("kernel", "ok", detail)
-    if asks_kernel(sweep) and not any(machine.attention for machine in machines):
-        detail = "require.attention is flash, and no machine was asked"
+            names = ", ".join(got.at_hand)
+            yield Check("kernel", "ok", f"{detail}; to be named: {names}" if names else detail)
+    if asks_kernel(sweep, plan) and not any(machine.attention for machine in machines):
+        what = "require.attention is flash" if _requires_flash(sweep) else "attention is named"
+        detail = f"{what}, and no machine was asked"
         yield Check("kernel", "warn", detail, "ask with `fairway doctor` while its GPUs are free")
 
 

@@ -21,7 +21,7 @@ from service.facts import WorkerFacts
 from service.record_folder import README, SUBMISSION
 from service.sheet import Sheet
 from service.sheet_data import DataSplit
-from service.singlefile.packages import packages_of
+from service.singlefile.packages import ATTENTION, packages_of
 from trainer.errors import DataError
 
 CODE = "train_gpt.py"
@@ -274,7 +274,10 @@ def _facts(sheet: Sheet) -> dict[str, str]:
         f"{sheet.driver.lock_file} sha256": sheet.driver.lock_sha256,
         "image": sheet.driver.image_digest,
     }
-    shown = "device python torch cuda cudnn nccl driver attention numpy sentencepiece"
+    shown = (
+        "device python torch cuda cudnn nccl driver attention fused triton flash_attn numpy "
+        "sentencepiece"
+    )
     trained, scored = sheet.train_worker, sheet.final_worker
     facts = {name: getattr(trained, name, None) for name in shown.split()}
     facts["threads"] = sheet.threads
@@ -292,7 +295,19 @@ def requirements_of(record: Record) -> str:
         public = version and version.partition("+")[0]
         build = "" if public == version else f"  # {version}"
         lines.append(f"{package}=={public}{build}" if version else f"# {package}: not recorded")
+    lines += _attention_packages(record.first)
     return "\n".join(lines) + "\n"
+
+
+def _attention_packages(sheet: Sheet) -> list[str]:
+    """The packages that the attention of training and evaluation came from, beyond torch."""
+    lines: list[str] = []
+    for worker in (sheet.train_worker, sheet.final_worker):
+        package = None if worker is None else ATTENTION.get(worker.attention or "")
+        if worker is not None and package is not None:
+            version = worker.flash_attn
+            lines.append(f"{package}=={version}" if version else f"# {package}: not recorded")
+    return list(dict.fromkeys(lines))
 
 
 def _version(worker: WorkerFacts | None, package: str) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from scipy.special import ndtri, stdtrit
 
-from service.attention import choice, question_of
+from service.attention import choice, of_evaluation, of_training
 from service.facts import dirty_diff, driver_facts, write_facts
 from service.local_ranks import run_ranks
 from service.paths import Paths
@@ -129,11 +129,8 @@ def prepare(
     folder = _data_folder(paths, sheet, data)
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = "cuda" if sheet.device == "cuda" and num_gpus else "cpu"
-    here = replace(
-        worker_facts(torch.device(device)),
-        threads=sheet.threads,  # as `run` sets them
-        attention=_kernel(sheet, device),
-    )
+    here = worker_facts(torch.device(device), _kernel(wanted, sheet, device))
+    here = replace(here, threads=sheet.threads)  # as `run` sets them
     measured = Noise() if sheet.sweep is None else noise_of(paths, sheet.sweep)
     found = [
         *wanted.differences,
@@ -176,14 +173,14 @@ def _data_folder(paths: Paths, sheet: Sheet, data: Path | None) -> Path:
     return require_data(sheet, home_data)
 
 
-def _kernel(sheet: Sheet, device: str) -> str | None:
-    """The attention kernel of the final's evaluation here, where that of the sheet is known."""
-    if sheet.final_worker is None or sheet.final_worker.attention is None:
-        return None
-    task = sheet.train_task
-    window = sheet.final_task.evaluate.window
-    asked = question_of(task.model, device, task.train.dtype, window)
-    return choice(asked, learns=False)
+def _kernel(wanted: Wanted, sheet: Sheet, device: str) -> str | None:
+    """The attention kernel of the final's evaluation here, where that of the sheet is known;
+    UsageError, naming its field, for one that is not to be had."""
+    task, evaluate = wanted.train_task, wanted.final_task.evaluate
+    choice(of_training(task.model, device, task.train), learns=True)
+    found = choice(of_evaluation(task.model, device, task.train.dtype, evaluate), learns=False)
+    is_known = sheet.final_worker is not None and sheet.final_worker.attention is not None
+    return found if is_known else None
 
 
 def run(prepared: Prepared, store: Path, talk: Talk) -> Outcome:

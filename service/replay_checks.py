@@ -46,7 +46,7 @@ _OWN = frozenset(
 )
 _NAMES = _OWN | _ALWAYS | _ON_CPU | _CPU_VARIABLES | {"zlib"}.union(*_COMPRESSORS.values())
 """What can count, besides the recipe's paths."""
-_TOLD_APART = frozenset({"code_digest", "environment", "resumed", "spec_version"})
+_TOLD_APART = frozenset({"code_digest", "environment", "fused", "resumed", "spec_version"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,8 @@ _DIGEST_CHARS = 12  # the run page cuts a tag at about 25 characters
 # Facts that identify the sweep itself are told by other tags.
 _VERSION_FACTS = ("image_digest", "python", "torch", "ray", "mlflow", "zstandard")
 _WORKER_FACTS = (
-    *("image_digest", "driver", "cuda", "nccl", "attention", "python", "torch", "ray"),
-    *("zstandard", "brotli"),
+    *("image_digest", "driver", "cuda", "nccl", "attention", "fused", "triton", "flash_attn"),
+    *("python", "torch", "ray", "zstandard", "brotli"),
 )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from service.attention import choice, question_of
+from service.attention import choice, of_evaluation
 from service.facts import WorkerFacts, write_facts
 from service.identity import ID_LENGTH, fit_digest, parity_id
 from service.store import Store
@@ -124,7 +124,7 @@ class _Bench:
         """What this process computes with; the kernel is that of the evaluation."""
         trained_as, _ = load_training(self.training)
         device, dtype = self.ranks.device, trained_as.train.dtype
-        asked = question_of(trained_as.model, device.type, dtype, self.task.evaluate.window)
+        asked = of_evaluation(trained_as.model, device.type, dtype, self.task.evaluate)
         return worker_facts(device, choice(asked, learns=False))
 
     def parity(self) -> Rule:

@@ -21,10 +21,10 @@ import ray
 import torch
 import torch.distributed as dist
 
-from service.attention import choice, question_of
+from service.attention import choice, of_training
 from service.facts import nvidia_driver, of_gang, write_facts
 from service.states import State
-from service.worker_facts import worker_facts
+from service.worker_facts import with_attention, worker_facts
 from trainer.codec import dump, fingerprint, parse
 from trainer.data.shards import Dataset, load_dataset
 from trainer.errors import BackendError, DataError, FairwayError, OutOfMemory, Stopped
@@ -166,9 +166,9 @@ class Rank:
         """Write down what this gang computes with, beside what it is to leave."""
         if not self.ranks.is_first:
             return
-        spec = task.train
-        asked = question_of(task.model, self.ranks.device.type, spec.dtype, spec.seq_len)
-        facts = replace(self.facts, attention=choice(asked, learns=True))
+        asked = of_training(task.model, self.ranks.device.type, task.train)
+        facts = with_attention(self.facts, choice(asked, learns=True))
+        facts = replace(facts, fused=task.train.fused)
         for folder in folders:
             if not (folder / "result.json").is_file():  # what others left is theirs
                 write_facts(folder, facts, goes_on=goes_on)

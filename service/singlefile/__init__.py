@@ -13,5 +13,8 @@ understood, both arms stay: the file is larger, and no less right. What could ma
 is refused by an ExportError: globals that are rebound, attributes set by name, statements of a
 module that act on a library, a model that running code makes. The walk starts with nothing known to
 be made and is repeated until it finds nothing new; a condition on what nobody makes yet waits until
-the end. At last every name of the file is looked up in it.
+the end. What a module registers with an operator of torch's is live with the operator. Imports of
+packages that only some machines have stay where they stand: in their function, or, at the top of a
+module, before all of its definitions, which are there only where the import succeeds. At last every
+name of the file is looked up in it.
 """

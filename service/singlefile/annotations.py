@@ -24,7 +24,14 @@ from service.singlefile.values import (
     join,
     truths,
 )
-from service.singlefile.world import World, definition_of, is_class, is_known_class, is_protocol
+from service.singlefile.world import (
+    BACKEND,
+    World,
+    definition_of,
+    is_class,
+    is_known_class,
+    is_protocol,
+)
 
 
 class Annotations:
@@ -90,6 +97,8 @@ class Annotations:
             return ANYTHING
         if is_class(meaning):
             return self.objects_of(meaning)
+        if meaning.qualname == BACKEND:
+            return join(map(constant, self.world.backends()))
         if meaning.is_alias:
             return self.inside(meaning.module).type_value(meaning.value)
         return ANYTHING

@@ -107,13 +107,23 @@ def _attributes(node: ast.AST) -> Iterator[tuple[ast.expr, ast.AST | None]]:
             yield target, node
         case ast.Assign(targets=targets, value=value):
             for target in targets:
-                yield target, value
+                yield from _pairs(target, value)
         case ast.AugAssign(target=target):
             yield target, None
         case ast.For(target=target) | ast.comprehension(target=target):
             yield target, None
         case ast.withitem(optional_vars=ast.expr() as target):
             yield target, None
+
+
+def _pairs(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast.expr, ast.AST | None]]:
+    """Yield what an assignment binds part by part, where both sides are spelt out."""
+    match target, value:
+        case ast.Tuple(elts=parts), ast.Tuple(elts=values) if len(parts) == len(values):
+            if not any(isinstance(each, ast.Starred) for each in (*parts, *values)):
+                yield from zip(parts, values, strict=True)
+                return
+    yield target, value
 
 
 @cache

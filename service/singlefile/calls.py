@@ -1,6 +1,8 @@
 """What a call makes known: the specs that it makes."""
 
 import ast
+from collections.abc import Mapping
+from dataclasses import replace
 
 from service.singlefile.objects import OPEN, is_replace, owner_of
 from service.singlefile.program import Definition, ExportError, External, Meaning
@@ -21,13 +23,33 @@ def _note_made(walk: Walker, meaning: Definition, node: ast.Call) -> None:
         return
     world, owner = walk.world, meaning.qualname
     given = {keyword.arg for keyword in node.keywords}
-    world.make(meaning)
-    world.open_classes.add(owner)
     assert isinstance(meaning.node, ast.ClassDef)
+    defaults: dict[str | None, ast.expr | None] = {}
     for each in meaning.node.body:
         match each:
-            case ast.AnnAssign(target=ast.Name(id=name)) if name not in given:
+            case ast.AnnAssign(target=ast.Name(id=name), value=value) if name not in given:
                 world.wanted_defaults.add((owner, name))
+                defaults[name] = value
+    made = None if node.args or None in given else _made_like(walk, owner, defaults)
+    if made is not None:
+        world.learn([made])
+        world.open_fields |= {(owner, name) for name in given if name is not None}
+        return
+    world.make(meaning)
+    world.open_classes.add(owner)
+
+
+def _made_like(
+    walk: Walker, owner: str, defaults: Mapping[str | None, ast.expr | None]
+) -> object | None:
+    """Return an object that is known with the fields that a call leaves out at their defaults;
+    None where that does not tell what the call makes."""
+    known = sorted((const.value for const in walk.world.known.get(owner, ())), key=repr)
+    try:
+        plain = {name: ast.literal_eval(value) for name, value in defaults.items() if name}  # type: ignore[arg-type]
+        return replace(known[0], **plain) if known else None
+    except ValueError:  # no literal, or at odds with the rest
+        return None
 
 
 def _note_replaced(walk: Walker, node: ast.Call) -> None:

@@ -9,10 +9,11 @@ import re
 import sys
 from typing import Final
 
-from service.singlefile.edits import Page
+from service.singlefile.edits import Page, indented
 from service.singlefile.names import check_names, new_names
 from service.singlefile.packages import packages_of
 from service.singlefile.program import (
+    GUARDED,
     Definition,
     ExportError,
     External,
@@ -107,8 +108,12 @@ class Cut:
             walk_function(walk, node)
         elif isinstance(node, ast.ClassDef):
             self._walk_class(walk, node)
+        elif isinstance(node, ast.Expr):
+            walk.expression(node)
         elif module.name != RECIPE:
             _walk_assignment(walk, node)
+        for each in module.registered.get(definition.name, ()):
+            walk.need(each)
         new = self.renamed.get(definition.qualname)
         if new is not None:
             _rename(page, node, new)
@@ -191,13 +196,30 @@ class Cut:
             if not own:
                 continue
             parts.append(_banner(module))
-            for before, definition in zip([None, *own], own, strict=False):
-                parts.append(_gap(before, definition) + self._text_of(definition).strip("\n"))
+            text = "".join(
+                _gap(before, definition) + self._text_of(definition).strip("\n")
+                for before, definition in zip([None, *own], own, strict=False)
+            )
+            parts.append(self._behind_guard(module, text) if module.guarded else text)
         source = "".join(parts)
         source += '\n\n\nif __name__ == "__main__":\n    raise SystemExit(main())\n'
         source = _ASIDE.sub("", source)
         check_names(source)
         return source
+
+    def _behind_guard(self, module: Module, text: str) -> str:
+        """Return definitions that are there only where what they need can be imported."""
+        lines = [
+            line
+            for node in module.guarded
+            for line in ast.unparse(_used(node, self.world.externals)).splitlines()
+        ]
+        imports = "".join(f"    {line}\n" for line in lines)
+        return (
+            f"\n\ntry:\n{imports}except ImportError:\n"
+            f"    pass  # what follows is called only where it is installed\nelse:"
+            f"{indented(text)}"
+        )
 
     def _text_of(self, definition: Definition) -> str:
         module = definition.module
@@ -213,9 +235,11 @@ class Cut:
         parts: dict[str, set[str]] = {}
         bound: dict[str, External] = {}
         for external in self.world.externals:
+            top = external.module.partition(".")[0]
+            if top in GUARDED:
+                continue  # imported beside what needs it
             if bound.setdefault(external.bound, external) != external:
                 raise ExportError(f"{external.bound}: two imports bind it")
-            top = external.module.partition(".")[0]
             if top not in self.packages and top not in sys.stdlib_module_names:
                 raise ExportError(f"{external.module}: the single file would need this package")
             if external.name is None:
@@ -325,9 +349,21 @@ def _walk_assignment(walk: Walk, node: ast.Assign | ast.AnnAssign) -> None:
     walk.page.replace(*walk.text.span(node.value), "{", *pieces[1:], "}")
 
 
+def _used(node: ast.stmt, externals: set[External]) -> ast.stmt:
+    """Return an import without the names that nothing live reads."""
+    assert isinstance(node, ast.Import | ast.ImportFrom)
+    bound = {each.bound for each in externals}
+    names = [each for each in node.names if (each.asname or each.name.partition(".")[0]) in bound]
+    if isinstance(node, ast.Import):
+        return ast.Import(names)
+    return ast.ImportFrom(node.module, names, 0)
+
+
 def _rename(page: Page, node: ast.stmt, new: str) -> None:
     """Give a definition its new name where it is defined."""
     text = page.text
+    if isinstance(node, ast.Expr):
+        return  # it binds nothing
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         word = "def " if isinstance(node, ast.FunctionDef) else "class "
         start = text.at(node.lineno, node.col_offset) + len(word)

@@ -21,6 +21,7 @@ from trainer.finalize.calibration import calibration_batches
 from trainer.finalize.compress import compress
 from trainer.finalize.hessians import collect_hessians
 from trainer.finalize.pipeline import WEIGHTS_FILE, finalize
+from trainer.kernels.attention import at_hand
 from trainer.model.build import build, load_state
 from trainer.protocol import ARTIFACT_BYTES_CAP
 from trainer.results import Score
@@ -84,6 +85,8 @@ def _require_all(ranks: Ranks, *, takes_any: bool) -> None:
             f"{ranks.world_size} workers: the recorded weights are of {WORLD_SIZE}; start "
             f"`torchrun --standalone --nproc_per_node={WORLD_SIZE}`, or add --any-workers"
         )
+    if FINAL.evaluate.attention is not None:
+        at_hand(FINAL.evaluate.attention, ranks.device, "evaluate.attention")
     kind = FINAL.final.compress
     compress(b"", BESIDE if isinstance(kind, RangeCoder) else kind)  # fails where it is missing
 
@@ -105,7 +108,8 @@ def _run(task: TrainTask, dataset: Dataset, out: Path, ranks: Ranks) -> dict[str
     if not ranks.is_first:
         return None
     alone = Ranks(device=ranks.device)
-    state = load_tensors(out / "bank", FINAL.entry)
+    loaded = load_tensors(out / "bank", FINAL.entry)
+    state = {name: tensor.to(ranks.device) for name, tensor in loaded.items()}
     report = finalize(
         state,
         task.model,

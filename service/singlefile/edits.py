@@ -1,5 +1,6 @@
 """Cuts and replacements in a source, applied from the outside in."""
 
+import ast
 import io
 import tokenize
 from collections.abc import Sequence
@@ -64,6 +65,22 @@ class Page:
             parts.append(self._render(start, stop, inner))
         made = "".join(parts)
         return _dedented(made, edit.dedent) if edit.dedent else made
+
+
+def indented(text: str) -> str:
+    """Put four spaces before every line; ExportError for a string of several lines, other than a
+    docstring, whose content that would change."""
+    said = {
+        node.body[0].lineno
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None
+    }
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        is_long = token.type == tokenize.STRING and token.start[0] != token.end[0]
+        if is_long and token.start[0] not in said:
+            raise ExportError(f"a string of several lines behind a guard: {token.string[:60]!r}")
+    lines = text.splitlines(keepends=True)
+    return "".join(f"    {line}" if line.strip() else line for line in lines)
 
 
 def _dedented(text: str, width: int) -> str:

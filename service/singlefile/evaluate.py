@@ -46,6 +46,8 @@ _OPERATORS: Final = {
 # What is so whatever its class says: the reader of weights refuses every other kind before it does
 # anything else. Only where that is refused, in `stand_ins.open_own`, it is not so yet.
 _WEIGHTS_KIND: Final = ("trainer.finalize.artifact:_File", "kind")
+# Made only of what the recipe says of kernels, or to be plain.
+_KERNELS: Final = "trainer.kernels.chosen:Kernels"
 
 
 class Evaluator(Annotations):
@@ -175,6 +177,8 @@ class Evaluator(Annotations):
         owner = definition.qualname
         if (owner, name) == _WEIGHTS_KIND and self.module.name != STAND_INS:
             return constant(self.world.kind_of_weights())
+        if owner == _KERNELS and (kernel := self.world.kernel(name)) is not ANYTHING:
+            return kernel
         question = ("attribute", owner, name)
         if question in self.busy:
             return ANYTHING

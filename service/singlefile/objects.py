@@ -53,10 +53,17 @@ def is_one(atom: Atom, kinds: Sequence[Definition | External | str]) -> frozense
 
 
 def widened(value: Value) -> Value:
-    """Return a value as an attribute is bound to it: others may set another plain one."""
+    """Return a value as an attribute is bound to it: others may set another plain one, and of
+    those only truths are looked after."""
     if value is None:
         return ANYTHING
-    plain = [a for a in value if isinstance(a, Const) and isinstance(a.value, str | float | int)]
+    plain = [
+        a
+        for a in value
+        if isinstance(a, Const)
+        and isinstance(a.value, str | float | int)
+        and not isinstance(a.value, bool)
+    ]
     return ANYTHING if plain else value
 
 

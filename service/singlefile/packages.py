@@ -11,6 +11,12 @@ _BY_COMPRESSOR: Final = {
     "brotli": ("brotli",),
     "range": ("brotli", "constriction"),
 }
+# The distribution that each attention of a recipe's comes from, where that is not torch.
+ATTENTION: Final = {
+    "flash_attn_4": "flash-attn-4",
+    "flash_attn_3": "flash-attn-3",
+    "flash_attn_2": "flash-attn",
+}
 
 
 def packages_of(final: FinalSpec) -> tuple[str, ...]:

@@ -24,10 +24,15 @@ REPLACED: Final = {
     "trainer.finalize.artifact:_open": "open_own",
     "trainer.finalize.artifact_header:_parse_model": "parse_own_model",
     "trainer.finalize.code:write_code": "write_code",
+    "trainer.finalize.gptq:walk_on": "walk_plainly",
     "trainer.train.departures:kin_of": "no_kin",
     "trainer.train.departures:take_up": "nothing_to_take_up",
     "trainer.train.steering:Steering": "Unsteered",
 }
+
+
+# What only some machines have: the code that needs it stands behind a guard in the single file.
+GUARDED: Final = ("triton", "flash_attn", "flash_attn_interface")
 
 
 class ExportError(FairwayError):
@@ -95,7 +100,7 @@ class Definition:
 
     module: "Module"
     name: str
-    node: ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
+    node: ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign | ast.Expr
     lines: tuple[int, int]
 
     @property
@@ -127,10 +132,17 @@ class Module:
     definitions: dict[str, Definition] = field(default_factory=dict)
     imports: dict[str, tuple[str, str | None]] = field(default_factory=dict)
     effects: list[ast.stmt] = field(default_factory=list)
+    registered: dict[str, list[Definition]] = field(default_factory=dict)
+    """What a module gives an operator of torch's that it defines, by the operator's name."""
 
     @property
     def short(self) -> str:
         return self.name.rpartition(".")[2]
+
+    @property
+    def guarded(self) -> list[ast.stmt]:
+        """The imports of this module that only some machines can do."""
+        return [node for node in self.tree.body if is_guarded(node)]
 
 
 _MODULES: Final[dict[str, Module]] = {}
@@ -150,6 +162,7 @@ def read_module(name: str) -> Module:
 
 def parse_module(name: str, source: str) -> Module:
     """Take a module's source apart; under its name it is known from then on."""
+    source = _one_by_one(source)
     module = Module(name, Text(source), ast.parse(source))
     _MODULES[name] = module
     last: Definition | None = None
@@ -159,6 +172,23 @@ def parse_module(name: str, source: str) -> Module:
         if isinstance(node, ast.Import | ast.ImportFrom):
             _take_import(module, node)
     return module
+
+
+def _one_by_one(source: str) -> str:
+    """Give every plain value of a module a line of its own, where several are named in one."""
+    lines = source.splitlines(keepends=True)
+    for node in reversed(ast.parse(source).body):
+        match node:
+            case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Tuple(elts=values)):
+                if len(names) != len(values) or not all(
+                    isinstance(each, ast.Constant) for each in values
+                ):
+                    continue
+                lines[node.lineno - 1 : node.end_lineno] = [
+                    f"{ast.unparse(name)} = {ast.unparse(value)}\n"
+                    for name, value in zip(names, values, strict=True)
+                ]
+    return "".join(lines)
 
 
 def _take(module: Module, node: ast.stmt, last: Definition | None) -> Definition | None:
@@ -175,14 +205,41 @@ def _take(module: Module, node: ast.stmt, last: Definition | None) -> Definition
                 lines = (last.lines[0], node.end_lineno or node.lineno)
                 module.definitions[last.name] = Definition(module, last.name, last.node, lines)
             return None
+        case ast.Expr() if _operator_of(module, node) is not None:
+            name = "_"
         case _:
             module.effects.append(node)
             return None
+    if name == "_":  # nobody reads it
+        name = f"_{node.lineno}"
     if name in module.definitions:
         raise ExportError(f"{module.name}, line {node.lineno}: {name} is defined a second time")
     made = Definition(module, name, node, module.text.lines_of(node))  # type: ignore[arg-type]
     module.definitions[name] = made
+    operator = _operator_of(module, node)
+    if operator is not None:
+        module.registered.setdefault(operator, []).append(made)
     return made
+
+
+def _operator_of(module: Module, node: ast.stmt) -> str | None:
+    """Return the operator of torch's to which a statement, or a decorator, gives something."""
+    given = node.decorator_list if isinstance(node, ast.FunctionDef) else [node]
+    for each in given:
+        call = each.value if isinstance(each, ast.Expr) else each
+        match call.func if isinstance(call, ast.Call) else call:
+            case ast.Attribute(value=ast.Name(id=name), attr=attr) if attr.startswith("register_"):
+                operator = module.definitions.get(name)
+                if operator is not None and _is_operator(operator.node):
+                    return name
+    return None
+
+
+def _is_operator(node: ast.stmt) -> bool:
+    """Whether a function is decorated as an operator of torch's."""
+    return isinstance(node, ast.FunctionDef) and any(
+        ast.unparse(each).startswith("torch.library.custom_op(") for each in node.decorator_list
+    )
 
 
 def _take_import(module: Module, node: ast.Import | ast.ImportFrom) -> None:
@@ -196,6 +253,16 @@ def _take_import(module: Module, node: ast.Import | ast.ImportFrom) -> None:
                 if top in ROOT_PACKAGES:
                     raise ExportError(f"{module.name}: import {alias.name} binds a package")
             module.imports[alias.asname or alias.name.partition(".")[0]] = (alias.name, None)
+
+
+def is_guarded(node: ast.AST) -> bool:
+    """Whether a statement imports what only some machines have."""
+    match node:
+        case ast.Import(names=names):
+            return any(each.name.partition(".")[0] in GUARDED for each in names)
+        case ast.ImportFrom(module=str(name)):
+            return name.partition(".")[0] in GUARDED
+    return False
 
 
 def is_ours(module: str) -> bool:

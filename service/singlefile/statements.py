@@ -6,7 +6,7 @@ from enum import Enum
 from typing import Final, NamedTuple
 
 from service.singlefile.bindings import bound_in
-from service.singlefile.program import Definition, ExportError
+from service.singlefile.program import Definition, ExportError, is_guarded
 from service.singlefile.types import annotate
 from service.singlefile.walk import Walk
 from service.singlefile.world import is_class
@@ -84,7 +84,8 @@ def _statement(walk: Walk, node: ast.stmt) -> Fate:
                 f"`{ast.unparse(node).splitlines()[0]}`"
             )
         case ast.Import() | ast.ImportFrom():
-            return Fate.GOES  # what it binds is at the top of the single file
+            if not is_guarded(node):
+                return Fate.GOES  # what it binds is at the top of the single file
         case ast.AnnAssign():
             annotate(walk, node.annotation)
             walk.expression(node.value)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Final
 
 from service.singlefile.program import Definition, External, Meaning, meaning_of, read_module
-from service.singlefile.values import Const
+from service.singlefile.values import ANYTHING, NONE, Const, Value, truths
 from trainer.blueprint import blueprint
 from trainer.specs.model import ModelSpec
 from trainer.specs.task import FinalTask, TrainTask
@@ -19,6 +19,8 @@ from trainer.specs.task import FinalTask, TrainTask
 # blueprint from it is pure.
 _KNOWN_MODULES: Final = ("trainer.specs.", "trainer.blueprint")
 COMPUTED: Final = "trainer.blueprint"
+# A name of an attention comes from a recipe, or is that of torch's choice.
+BACKEND: Final = "trainer.specs.kernels:Backend"
 
 
 @dataclass(eq=False)
@@ -80,6 +82,20 @@ class World:
     def kind_of_weights(self) -> str:
         """The only kind of weights file that the single file reads."""
         return self.final.final.compress.kind
+
+    def backends(self) -> set[str]:
+        """The attention back ends that the recipe names, and torch's choice."""
+        kernels = (self.train.train.attention, self.final.evaluate.attention)
+        named = {name for each in kernels if each for name in (each.name, each.substitute)}
+        return {"torch"} | {name for name in named if name is not None}
+
+    def kernel(self, field: str) -> Value:
+        """What a model may be built to compute with; a training's kernels or those of a score."""
+        if field == "fused" and not self.train.train.fused:
+            return truths([False])
+        if field == "within" and self.train.train.documents is None:
+            return NONE
+        return ANYTHING
 
 
 def qualname_of(cls: type[Any]) -> str:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 CONSTRAINTS = ROOT / "constraints.txt"
 PACKAGES = ("service", "trainer", "tune_spaces")
+ATTENTION_EXTRAS = ("fa2", "fa4")
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -95,11 +96,30 @@ def test_every_named_dependency_is_installed() -> None:
     assert not missing, f"run `make .venv`; not installed: {missing}"
 
 
+def test_the_two_flash_attentions_are_exact_and_exclude_each_other() -> None:
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    named = [Requirement(line) for extra in ATTENTION_EXTRAS for line in extras[extra]]
+
+    assert all(map(_is_exact, named))
+    assert {each.name for each in named} == {"flash-attn", "flash-attn-4"}
+    conflicts = [
+        {part["extra"] for part in group} for group in PYPROJECT["tool"]["uv"]["conflicts"]
+    ]
+    assert set(ATTENTION_EXTRAS) in conflicts
+    assert not any("fa2" in line or "fa4" in line for line in extras["all"] + extras["dev"])
+
+
 def _named() -> list[Requirement]:
-    """Everything that pyproject.toml names, extras and build back end included."""
+    """Everything that pyproject.toml names, extras and build back end included; the attention
+    kernels, which only machines with a GPU have, are left out."""
     project = PYPROJECT["project"]
     lines = [*project["dependencies"], *PYPROJECT["build-system"]["requires"]]
-    lines += [line for extra in project["optional-dependencies"].values() for line in extra]
+    lines += [
+        line
+        for extra, named in project["optional-dependencies"].items()
+        if extra not in ATTENTION_EXTRAS
+        for line in named
+    ]
     return [r for r in map(Requirement, lines) if r.name != project["name"]]
 
 

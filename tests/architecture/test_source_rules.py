@@ -74,7 +74,7 @@ def test_functions_take_few_parameters(sources: list[Source]) -> None:
         for function in _functions(source.tree)
         if (num := _num_parameters(function))
         > MORE_PARAMETERS.get(f"{source.path}:{function.name}", PARAMETERS)
-        and not _is_command(function)
+        and not (_is_command(function) or _is_kernel(function))
     ]
 
     _none(greedy, f"hand over a frozen value; a function takes at most {PARAMETERS} parameters")
@@ -200,6 +200,11 @@ def _decorators(function: Function) -> set[str]:
 
 def _is_command(function: Function) -> bool:
     return any(name.endswith((".command", ".callback")) for name in _decorators(function))
+
+
+def _is_kernel(function: Function) -> bool:
+    """A kernel of Triton's takes pointers, strides and sizes one by one."""
+    return "triton.jit" in _decorators(function)
 
 
 def _num_parameters(function: Function) -> int:

@@ -33,6 +33,13 @@ SMALL: dict[str, Any] = {
 }
 
 
+KERNELS: dict[str, Any] = {
+    "train.fused": True,
+    "train.attention": {"name": "flash_attn_4", "substitute": "cudnn"},
+    "evaluate.attention": {"name": "flash_attn_4", "substitute": "cudnn"},
+}
+
+
 def call(*words: Any, workers: int = 1) -> str:
     torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}")
     launcher = torchrun if workers > 1 else ()
@@ -44,13 +51,13 @@ def call(*words: Any, workers: int = 1) -> str:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("workers", "kernels"), [(1, {}), (2, {}), (1, KERNELS)])
 def test_the_file_alone_scores_what_it_trains_as_the_trainer_does(
-    workers: int, tmp_path: Path
+    workers: int, kernels: dict[str, Any], tmp_path: Path
 ) -> None:
     if torch.cuda.device_count() < workers:
         pytest.skip(f"fewer than {workers} CUDA devices")
-    recipe = parse(Recipe, with_values(read_recipe(RECIPE), SMALL.items()), "small")
+    recipe = parse(Recipe, with_values(read_recipe(RECIPE), (SMALL | kernels).items()), "small")
     path, data = tmp_path / "recipe.yaml", prepare_embedded(tmp_path / "data").folder
     path.write_text(to_yaml(recipe), encoding="utf-8")
     words = ("-m", "trainer", path, "--data", data, "-o", tmp_path / "out")

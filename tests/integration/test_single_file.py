@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from service.singlefile.write import write_single_file
 from tests import tiny
@@ -114,6 +115,13 @@ QAT_LATE_LR = {
     "final.quantize.clip": "sd12",
     "final.prune": {"larger_than": 100, "tables": True, "ratio": 0.2},
 }
+FLASH = {"name": "flash_attn_4", "substitute": "torch"}
+KERNELS = {
+    "train.fused": True,
+    "train.attention": FLASH,
+    "train.documents": {},
+    "evaluate.attention": {"name": "cudnn", "substitute": "torch"},
+}
 ORACLE = {"evaluate.ttt": {"kind": "oracle", "epochs": 1}}
 PARTS: dict[str, tuple[dict[str, Any], Compress | None]] = {
     "rich": (RICH, Brotli()),
@@ -126,6 +134,7 @@ CASES: dict[str, Callable[[], Recipe]] = {
     "baseline": lambda: shipped("baseline-tiny"),
     "pr414": lambda: shipped("pr414-tiny"),
     "compile": lambda: tiny.recipe({"train.compile": True}),
+    "kernels": lambda: tiny.recipe(KERNELS),
     "gptq-sgd": adapting,
     "gptq-lora": adapting_by_document,
 }
@@ -325,6 +334,25 @@ def test_a_missing_compressor_is_asked_for_before_the_training(
     assert done.returncode == 2
     assert "the brotli package is missing" in done.stderr
     assert not (tmp_path / "alone").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine may have it")
+def test_a_missing_attention_is_asked_for_before_the_training(
+    tiny_dataset: Dataset, tmp_path: Path
+) -> None:
+    recipe = tiny.recipe({"evaluate.attention": {"name": "flash_attn_4"}})
+    made = write_single_file(train_task(recipe), final_task(recipe), tmp_path, world_size=1)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(recipe), encoding="utf-8")
+    data = ("--data", tiny_dataset.folder)
+
+    alone = call(made.path, *data, "--out", tmp_path / "alone", cwd=tmp_path)
+    ours = call("-m", "trainer", path, *data, "-o", tmp_path / "ours", cwd=tmp_path)
+
+    for done, folder in ((alone, "alone"), (ours, "ours")):
+        assert done.returncode == 2
+        assert done.stderr.startswith("evaluate.attention.name=flash_attn_4: it needs a CUDA")
+        assert not (tmp_path / folder).exists()
 
 
 def test_weights_of_another_model_are_refused(

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from importlib.metadata import requires
 from pathlib import Path
@@ -243,6 +244,16 @@ def test_the_guide_says_of_flash_attention_what_the_code_does_with_it() -> None:
     callers = [path for path in code if "flash_attn" in path.read_text(encoding="utf-8")]
 
     assert ("no code of Fairway calls it" in guide) == (not callers)
+    assert ("recipes that name `flash_attn_4`" in guide) == bool(callers)
+
+
+def test_the_image_has_the_flash_attention_that_the_extra_names() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (named,) = project["optional-dependencies"]["fa4"]
+
+    locked = (DOCKER / "requirements-trainer.lock").read_text(encoding="utf-8")
+
+    assert f"\n{named.partition(';')[0]} \\\n" in locked
 
 
 # ---- the stack --------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import pytest
 import torch
 import zstandard
 
-from service.attention import choice, question_of
+from service import worker_facts as worker_facts_module
+from service.attention import Kernel, ask, choice, of_evaluation, of_training, question_of
 from service.facts import (
     Gpu,
     dirty_diff,
@@ -26,6 +27,8 @@ from tests import tiny
 from trainer.errors import UsageError
 from trainer.finalize.code import code_digest
 from trainer.runtime.environment import without_secrets
+from trainer.specs.evaluate import EvaluateSpec
+from trainer.specs.kernels import AttentionKernel
 
 CPU = torch.device("cpu")
 
@@ -247,6 +250,54 @@ def test_the_kernel_of_a_model_is_one_that_torch_has() -> None:
     asked = question_of(tiny.bare_model(), "cpu", "float32", 32)
 
     assert choice(asked, learns=True) in ("flash", "math")
+
+
+def test_the_kernel_of_a_spec_is_the_one_it_gets_here() -> None:
+    kernel = AttentionKernel(name="flash_attn_4")
+    evaluate = EvaluateSpec(window=32, stride=16, attention=kernel)
+    asked = of_evaluation(tiny.bare_model(), "cpu", "float32", evaluate)
+    other = replace(evaluate, attention=replace(kernel, substitute="torch"))
+    substituted = of_evaluation(tiny.bare_model(), "cpu", "float32", other)
+
+    with pytest.raises(UsageError, match=r"^evaluate.attention.name=flash_attn_4: .*CUDA"):
+        choice(asked, learns=False)
+    plain = question_of(tiny.bare_model(), "cpu", "float32", 32)
+    assert choice(substituted, learns=False) == choice(plain, learns=False)
+
+
+def test_a_kernel_that_is_asked_for_is_run_apart() -> None:
+    train = replace(
+        tiny.recipe({"train.dtype": "bfloat16"}).train, attention=AttentionKernel(name="cudnn")
+    )
+    asked = of_training(tiny.bare_model(), "cpu", train)
+
+    told = ask(asked)
+    beside = ask(replace(asked, kernel=Kernel("train.attention"), others=(asked.kernel,)))
+
+    assert (told.backend, beside.backend) == (None, None)
+    assert told.at_hand == ("torch",)
+    assert told.why == beside.why
+    assert told.why.startswith("train.attention.name=cudnn: it needs a CUDA device")
+
+
+def test_the_version_of_the_attentions_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_facts_module, "version_of", {"flash-attn-4": "4.0.0b36"}.get)
+
+    assert worker_facts(CPU, attention="flash_attn_4").flash_attn == "4.0.0b36"
+    assert worker_facts(CPU, attention="flash_attn_3").flash_attn is None
+    assert worker_facts(CPU, attention="flash").flash_attn is None
+
+
+def test_facts_from_before_there_were_kernels_are_read(tmp_path: Path) -> None:
+    old = asdict(worker_facts(CPU, attention="flash"))
+    for name in ("fused", "triton", "flash_attn"):
+        del old[name]
+    (tmp_path / "facts.json").write_text(json.dumps(old))
+
+    found = read_facts(tmp_path)
+
+    assert found is not None
+    assert (found.attention, found.fused, found.flash_attn) == ("flash", None, None)
 
 
 def test_facts_are_read_as_they_were_written(tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from service.attention import Attention
+from service.attention import Attention, reason_of_flash
 from service.footprint import example, footprint
 from service.identity import inputs_of
 from service.machine import Machine, look
 from service.paths import Paths
 from service.plan import Plan, make_plan
-from service.preflight import Check, asks_kernel, checks, require_ready
+from service.preflight import Check, asks_kernel, checks, question, require_ready
 from service.store import Store
 from service.sweep import Sweep, load_sweep
 from tests import tiny
@@ -28,6 +28,7 @@ from trainer.runtime.files import write_json
 from trainer.sizes import num_params
 
 ROOT = Path(__file__).resolve().parents[2]
+BFLOAT16 = {"train.dtype": "bfloat16"}  # most kernels want half precision
 # What nvidia-smi 550.54 prints for the fields that are asked for, of two GPUs.
 SMI = """\
 0, GPU-5f0f0c3e-aaaa, NVIDIA H100 80GB HBM3, 550.54.15, 81559, 4
@@ -104,7 +105,7 @@ def test_the_doctor_says_what_is_missing_and_exits_with_2(home):
         "fix": "prepare or fetch it again",
     }
     assert "brotli: the brotli package is missing" in rows["compressor"]["detail"]
-    assert rows["kernel"]["detail"].endswith("flash on cpu in float32")
+    assert rows["kernel"]["detail"].endswith("flash on cpu in float32; to be named: torch")
 
 
 def test_a_truncated_shard_fails(home):
@@ -259,6 +260,37 @@ def test_only_who_requires_a_kernel_has_torch_started_for_it(home, require, asks
     sweep, _, _ = planned(home, require=require)
 
     assert asks_kernel(sweep) is asks
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_a_kernel_that_is_not_here_is_refused_by_its_field(home, stage):
+    named = {f"{stage}.attention.name": "cudnn"} | BFLOAT16
+    sweep, dataset, plan = planned(home, overrides=named)
+
+    assert asks_kernel(sweep)
+    with pytest.raises(UsageError) as refused:
+        require_ready(sweep, home, dataset, plan)
+
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith("kernel: ")
+    assert f"{stage}.attention.name=cudnn: it needs a CUDA device, this is a cpu" in line
+    assert line.endswith(f"; or set {stage}.attention.substitute=torch")
+
+
+def test_a_kernel_with_a_substitute_is_no_fault(home):
+    named = {"train.attention": {"name": "flash_attn_4", "substitute": "torch"}} | BFLOAT16
+    sweep, dataset, plan = planned(home, overrides=named)
+
+    assert not [each for each in require_ready(sweep, home, dataset, plan) if each.name == "kernel"]
+
+
+def test_every_attention_of_a_sweeps_points_is_asked_for(home):
+    space = {"train.attention.name": {"values": ["flash_attn_4", "cudnn", "torch"]}}
+    sweep, _, plan = planned(home, space=space, overrides=BFLOAT16)
+
+    names = {kernel.named.name for kernel in question(sweep, plan).others}
+
+    assert names == {"flash_attn_4", "cudnn", "torch"}
 
 
 def test_a_node_that_does_not_see_the_store_fails(home):
@@ -417,3 +449,19 @@ def test_small_shared_memory_and_few_files_are_warnings(home):
     assert found["shared memory"].startswith("warn")
     assert "/dev/shm has 64.0 MB" in found["shared memory"]
     assert found["open files"].startswith("warn")
+
+
+USELESS = "kernel not used because:"
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ((f"Flash attention {USELESS}", "Expected dtype half."), "Expected dtype half."),
+        ((f"Memory efficient {USELESS}", "no", f"Flash {USELESS}", "so"), "so"),
+        (("Torch was not compiled with flash.",), "Torch was not compiled with flash."),
+        ((f"CuDNN {USELESS}", "no"), None),
+    ],
+)
+def test_of_what_torch_warns_of_flashs_own_reason_is_told(told, reason):
+    assert reason_of_flash(told) == reason

@@ -15,6 +15,7 @@ from tune_spaces import catalogue
 SYSTEMS = ("baseline", "pr348", "pr361", "pr414", "pr610", "pr951")
 VARIANTS = tuple(f"{name}-as-described" for name in SYSTEMS if name != "baseline")
 SCALE_DOWNS = tuple(f"{name}-tiny" for name in SYSTEMS)
+ONE_H200 = ("pr414-one-h200", "pr610-one-h200")
 # What a scale-down takes away: a clock, and what is looked at on the way.
 NOT_IN_A_SCALE_DOWN = {
     "train.max_clock_s",
@@ -49,7 +50,9 @@ def changed(name: str, other: str) -> dict[str, Any]:
 
 
 def test_every_system_its_variant_and_its_scale_down_are_shipped() -> None:
-    assert catalogue.names("recipes") == sorted([*SYSTEMS, *VARIANTS, *SCALE_DOWNS, "tiny"])
+    assert catalogue.names("recipes") == sorted(
+        [*SYSTEMS, *VARIANTS, *SCALE_DOWNS, *ONE_H200, "tiny"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,7 @@ def test_every_card_is_of_a_shipped_recipe() -> None:
     assert sorted(catalogue.cards()) == catalogue.names("recipes")
 
 
-@pytest.mark.parametrize("name", [*SYSTEMS, *VARIANTS])
+@pytest.mark.parametrize("name", [*SYSTEMS, *VARIANTS, *ONE_H200])
 def test_the_card_has_the_parameters_and_the_forecast_of_the_recipe(name: str) -> None:
     card, full = catalogue.card(name), recipe(name)
 
@@ -216,3 +219,32 @@ def test_a_scale_down_of_a_pruned_recipe_prunes(name: str) -> None:
 
     assert small.final.prune is not None
     assert small.final.prune.larger_than < small.model.dim * small.model.dim // 2
+
+
+@pytest.mark.parametrize("name", ONE_H200)
+def test_a_recipe_for_one_h200_trains_and_scores_the_same_model_and_final(name: str) -> None:
+    differs = changed(name.removesuffix("-one-h200"), name)
+
+    assert {path.partition(".")[0] for path in differs} == {"name", "train", "evaluate", "observe"}
+    assert not [path for path in differs if re.search(r"seed|\.lr$|decay|clip|seq_len", path)]
+    assert differs.keys() & {"evaluate.window", "evaluate.stride"} == set()
+
+
+@pytest.mark.parametrize("name", ONE_H200)
+def test_a_recipe_for_one_h200_takes_every_fast_path_for_ten_minutes(name: str) -> None:
+    full = recipe(name)
+
+    assert full.train.max_clock_s == 600.0
+    assert full.train.compile
+    assert full.train.fused
+    assert full.evaluate.compile
+    for kernel in (full.train.attention, full.evaluate.attention):
+        assert kernel is not None
+        assert (kernel.name, kernel.substitute) == ("flash_attn_4", "cudnn")
+    assert forecast_weights_bytes(full.model, full.final) < ARTIFACT_BYTES_CAP
+
+
+def test_the_two_recipes_for_one_h200_differ_as_the_published_ones_do_but_for_the_clock() -> None:
+    apart, published = changed(*ONE_H200), changed("pr414", "pr610")
+
+    assert set(apart) == set(published) - {"train.max_clock_s"}

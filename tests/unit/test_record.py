@@ -34,9 +34,11 @@ from service.record_text import (
 )
 from service.run_logs import agree, read_log
 from service.sheet import Sheet, sheet_of
+from service.singlefile.packages import ATTENTION
 from service.singlefile.write import write_single_file
 from tests.scored import scored_home
 from trainer.errors import DataError
+from trainer.kernels.attention import PACKAGES
 from trainer.specs.final import Brotli, Lzma, RangeCoder, Zlib, Zstd
 
 BY = By(author="A. Author", github_id="author", name="Two", blurb="One | line.", date="2026-11-22")
@@ -364,6 +366,27 @@ def test_requirements_are_what_the_single_file_needs(
     file = write_single_file(sheet.train_task, task, tmp_path, world_size=1)
     assert required == {"torch", "numpy", "sentencepiece", *packages} == set(file.packages)
     assert re.search(r"^torch==\d+\.\d+\.\d+(  # \S+)?$", text, re.MULTILINE)
+
+
+def test_requirements_name_the_package_that_the_attention_came_from(sheet: Sheet) -> None:
+    trained, scored = sheet.train_worker, sheet.final_worker
+    assert trained is not None
+    assert scored is not None
+    fast = replace(trained, attention="flash_attn_4", flash_attn="4.0.0b36", fused=True)
+    built = replace(scored, attention="flash_attn_3")
+    other = replace(sheet, train_worker=fast, final_worker=built)
+
+    text = requirements_of(Record((Entry(other, 1),), BY, 1))
+
+    assert text.endswith("\nflash-attn-4==4.0.0b36\n# flash-attn-3: not recorded\n")
+    assert "flash" not in requirements_of(Record((Entry(sheet, 1),), BY, 1))
+    rows = dict(facts_by_name([other]))
+    told = {name: rows[name] for name in ("attention", "flash_attn", "fused")}
+    assert told == {"attention": "flash_attn_4", "flash_attn": "4.0.0b36", "fused": "True"}
+
+
+def test_the_distributions_of_attentions_are_those_that_are_looked_for() -> None:
+    assert {name: each.distribution for name, each in PACKAGES.items()} == ATTENTION
 
 
 @pytest.mark.parametrize(

@@ -375,10 +375,14 @@ def test_a_run_in_mlflow_names_the_gpus_of_the_gang(home: Scored, tmp_path: Path
     event = next(iter(view.trainings.values()))
     path = copy.store / "trainings" / event["training"] / "facts.json"
     gpus = [{"name": "NVIDIA H200", "uuid": f"GPU-{rank}"} for rank in range(8)]
-    write_json(path, {**json.loads(path.read_text()), "gpus": gpus, "driver": "580.65"})
+    kernels = {"attention": "flash_attn_4", "flash_attn": "4.0.0b36", "fused": True}
+    facts = {"gpus": gpus, "driver": "580.65", "triton": "3.6.0"} | kernels
+    write_json(path, json.loads(path.read_text()) | facts)
 
     tags = training_run(view, event, copy).tags
 
+    told = {name: tags[f"fairway.{name}"] for name in ("triton", *kernels)}
+    assert told == {"triton": "3.6.0"} | kernels | {"fused": "True"}
     assert tags["fairway.gpu"] == "8 x NVIDIA H200"
     assert tags["fairway.driver"] == "580.65"
 

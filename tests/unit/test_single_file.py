@@ -24,6 +24,7 @@ from trainer.specs.task import final_task, train_task
 RECIPES = Path(__file__).resolve().parents[2] / "tune_spaces/recipes"
 # Each with parts, or an optimizer, of its own.
 SHIPPED = ["tiny", "baseline", "pr348", "pr414", "pr610-as-described", "pr951-as-described"]
+BACKENDS = 'Literal["torch", "cudnn", "flash", "flash_attn_4", "flash_attn_3", "flash_attn_2"]'
 TTT = {"SgdTtt", "LoraTtt", "OracleTtt", "Adapters", "Seam", "Learner", "GangStep", "Phases"}
 GPTQ = {"Gptq", "Factor", "Factors", "round_rows", "collect_hessians", "calibration_batches"}
 
@@ -106,6 +107,42 @@ def test_a_part_that_pr414_uses_is_there(pr414: Written) -> None:
     assert not ({"SmearV2", "LearnedLnScale", "DtgGate"} | TTT | GPTQ) & pr414.names
 
 
+def test_a_recipe_that_names_no_kernel_has_none(pr414: Written) -> None:
+    ours = {"turn_heads", "mix_norm", "enter", "relu2_mlp", "capped_loss", "custom_op", "jit"}
+    packages = {"attend_flash_attn_4", "attend_cudnn", "lacking", "document_mask", "within_by"}
+
+    assert not (ours | packages) & pr414.names
+    assert "import triton" not in pr414.source
+    assert "flash_attn" not in pr414.source.replace(BACKENDS, "")
+
+
+def test_a_fused_recipe_has_the_kernels_and_their_plain_twins(tmp_path: Path) -> None:
+    file = written(tiny.recipe({"train.fused": True}), tmp_path)
+
+    assert {"turn_heads", "mix_norm", "relu2_mlp", "capped_loss"} <= file.names
+    assert file.source.count("    import triton\n") == file.source.count("except ImportError:\n")
+    assert file.source.count(".register_autograd(") >= 4
+    assert "flash_attn" not in file.source.replace(BACKENDS, "")
+    _check_unused(file.file)
+
+
+@pytest.mark.parametrize("name", ["flash_attn_4", "flash_attn_3", "flash_attn_2", "cudnn", "flash"])
+def test_of_the_attentions_only_the_named_ones_are_there(name: str, tmp_path: Path) -> None:
+    kernel = {"name": name, "substitute": "torch"}
+    file = written(tiny.recipe({"train.attention": kernel}), tmp_path)
+
+    makers = {
+        "flash_attn_4": "attend_flash_attn_4",
+        "flash_attn_3": "_flash_attn_3",
+        "flash_attn_2": "_flash_attn_2",
+        "cudnn": "attend_cudnn",
+        "flash": "attend_flash",
+    }
+    assert set(makers.values()) & file.names == {makers[name]}
+    assert {"at_hand", "lacking", "attend"} <= file.names
+    _check_unused(file.file)
+
+
 @pytest.mark.parametrize(("kind", "other"), [("sgd", "Adapters"), ("lora", "SgdTtt")])
 def test_of_the_ways_to_adapt_only_the_named_one_is_there(
     kind: str, other: str, tmp_path: Path
@@ -123,7 +160,10 @@ def test_of_the_ways_to_adapt_only_the_named_one_is_there(
 def test_no_name_of_a_file_is_undefined_and_no_import_spare(
     name: str, cut_out: Callable[[str], Written]
 ) -> None:
-    file = cut_out(name).file
+    _check_unused(cut_out(name).file)
+
+
+def _check_unused(file: SingleFile) -> None:
     rules = "--select=E9,F401,F811,F821,F823"
     options = ["--isolated", "--no-cache", "--output-format=concise", rules]
 

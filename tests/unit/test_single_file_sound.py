@@ -1,8 +1,11 @@
 """What the exporter does not follow stays in the file, or stops the export."""
 
 import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 
@@ -92,6 +95,75 @@ class Tag:
 
 def main() -> int:
     return 1 if Tag() else 2
+""",
+    "a truth is set from outside its class": """
+class Late:
+    def __init__(self) -> None:
+        self.is_on, self.limit = False, None
+
+def main() -> int:
+    late = Late()
+    late.is_on = True
+    return 1 if late.is_on else 2
+""",
+    "a subclass sets another truth": """
+class Plain:
+    def __init__(self) -> None:
+        self.is_on = False
+
+class Fast(Plain):
+    def __init__(self) -> None:
+        self.is_on = True
+
+def work(plain: Plain) -> int:
+    return 1 if plain.is_on else 2
+
+def main() -> int:
+    return work(Fast()) * work(Plain()) - 1
+""",
+    "several constants are named in one line": """
+_ROWS, _COLUMNS = 3, 2
+
+def main() -> int:
+    return _ROWS - _COLUMNS
+""",
+    "an operator of torch's has registrations": """
+import torch
+from torch import Tensor
+
+@torch.library.custom_op("fairway_made_up::double", mutates_args=())
+def double(x: Tensor) -> Tensor:
+    return 2 * x
+
+@double.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+def _learn(ctx: Any, grad: Tensor) -> Tensor:
+    return 2 * grad
+
+double.register_autograd(_learn)
+
+@torch.library.custom_op("fairway_made_up::unread", mutates_args=())
+def unread(x: Tensor) -> Tensor:
+    return absent(x)
+
+@unread.register_fake
+def _(x: Tensor) -> Tensor:
+    return absent(x)
+
+def main() -> int:
+    x = torch.ones(1, requires_grad=True)
+    torch.compile(double, fullgraph=True, backend="eager")(x).sum().backward()
+    return int(x.grad.item()) - 1
+""",
+    "a package that is not here is asked for in a function": """
+def main() -> int:
+    try:
+        from flash_attn_interface import attend
+    except ImportError:
+        return 1
+    return attend()
 """,
     "a spec without an annotation is replaced": """
 def longer(spec: Any) -> Any:
@@ -185,6 +257,56 @@ def test_what_cannot_be_followed_stops_the_export(cut: Callable[[str], str], sai
 
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_what_only_some_machines_have_stands_behind_a_guard(
+    cut: Callable[[str], str], tmp_path: Path
+) -> None:
+    parse_module(
+        f"{ROOT}_triton",
+        """
+import triton
+import triton.language as tl
+
+_LANES = 32
+
+@triton.jit
+def _copy(ptr, LANES: tl.constexpr):
+    \"\"\"Copy.
+
+    In place.
+    \"\"\"
+    tl.store(ptr, tl.load(ptr + tl.arange(0, LANES)))
+
+def copied() -> int:
+    return _copy[(1,)](_LANES)
+""",
+    )
+    path = tmp_path / "train_gpt.py"
+    path.write_text(
+        cut(
+            f"""
+def main() -> int:
+    if len(str(TRAIN)) == 0:
+        from {ROOT}_triton import copied
+
+        return copied()
+    return 1
+"""
+        ),
+        encoding="utf-8",
+    )
+    made = []
+    language = SimpleNamespace(constexpr=int)
+    jit = lambda function: made.append(function) or function  # noqa: E731
+    triton = SimpleNamespace(jit=jit, language=language)
+
+    for here in ({"triton": None}, {"triton": triton, "triton.language": language}):
+        with patch.dict(sys.modules, here), pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(path), run_name="__main__")
+        assert ended.value.code == 1
+
+    assert [function.__name__ for function in made] == ["_copy"]
 
 
 def test_what_the_recipe_decides_is_still_cut(cut: Callable[[str], str]) -> None:
