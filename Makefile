@@ -69,7 +69,7 @@ constraints: ## Resolve constraints.txt anew (needs uv).
 	cp pyproject.toml README.md LICENSE "$$scratch"; \
 	sed -n 's/^#lock //p' constraints.txt >>"$$scratch/pyproject.toml"; \
 	(cd "$$scratch" && unset UV_FIND_LINKS && uv lock --quiet && uv export --quiet --no-hashes \
-	  --no-emit-project --no-annotate --no-header --all-extras --all-groups -o pins.txt); \
+	  --no-emit-project --no-annotate --no-header --all-extras --no-extra fa2 --no-extra fa4 --all-groups -o pins.txt); \
 	{ grep '^#' constraints.txt; cat "$$scratch/pins.txt"; } >"$$scratch/constraints.txt"; \
 	cp "$$scratch/constraints.txt" constraints.txt
 
