@@ -139,8 +139,8 @@ def test_the_seconds_that_calibration_reads_training_text_are_recorded(home: Pat
         ("tasks", "check_parity", 1, ["parities"]),
         ("tasks", "collect", 1, ["parities", "hessians"]),
         ("tasks", "make_artifact", 1, ["parities", "hessians", "artifacts"]),
-        # 4 scores end the parity check; this is in the middle of the final's own.
-        ("Tape", "score", 6, ["parities", "hessians", "artifacts"]),
+        # 4 batches end the parity check; this is in the middle of the final's own.
+        ("Tape", "land", 6, ["parities", "hessians", "artifacts"]),
     ],
 )
 def test_a_final_that_is_killed_goes_on_with_the_same_bytes(
