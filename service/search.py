@@ -98,10 +98,11 @@ class SweepRun:
 
     def _work(self) -> None:
         site, recorder = self.setting.site, self.recorder
-        launcher = Launcher(self.setting.sweep, self.plan, site, recorder, self.talk, self.orders)
         with cancellable(self.orders):
-            self._open()
+            self._open()  # the start, from which a deadline counts, before what counts
             self._record_known()
+            sweep = self.setting.sweep
+            launcher = Launcher(sweep, self.plan, site, recorder, self.talk, self.orders)
             with launcher:
                 try:
                     self._search(launcher)

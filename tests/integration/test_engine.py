@@ -34,7 +34,7 @@ search:
 constraints: [artifact_bytes <= 1_000_000, audit == pass]
 seeds: {search: [7], confirm: [7, 11, 13]}
 gate: {baseline: BASELINE, mode: frontier}
-budget: {gpu_hours: 5, usd: 10, usd_per_gpu_hour: 2}
+budget: {gpu_hours: 5, usd: 10, usd_per_gpu_hour: 2, deadline_hours: 2}
 resources: {workers: 1, start_timeout_s: 300}
 """
 
