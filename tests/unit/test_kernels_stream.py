@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from trainer.kernels.stream import add_norm, enter, mix_norm, plain_backward, plain_forward
+from trainer.kernels.stream import add_norm, mix_norm, plain_backward, plain_forward
 
 ROOT = Path(__file__).resolve().parents[2]
 FACTOR = 0.7
@@ -39,29 +39,10 @@ def plain_add_norm(x, branch, scale, factor):
     return out, F.rms_norm(out, (x.shape[-1],)) * factor
 
 
-def flat_enter(x, branch, scale, x0, mix, factor):
-    return enter(x, branch, scale, None, x0, mix, factor)
-
-
-def plain_flat_enter(x, branch, scale, x0, mix, factor):
-    y = x + scale * branch
-    return y, *plain_mix_norm(y, x0, mix, factor)
-
-
-def skip_enter(x, branch, scale, skip, skip_scale, x0, mix, factor):
-    return enter(x, branch, scale, (skip, skip_scale), x0, mix, factor)
-
-
-def plain_skip_enter(x, branch, scale, skip, skip_scale, x0, mix, factor):
-    return plain_flat_enter(x + skip_scale * skip, branch, scale, x0, mix, factor)
-
-
 # The function, what it stands for, and its arguments: s a stream, d a vector, m two of them.
 CASES = {
     "mix_norm": (mix_norm, plain_mix_norm, "ssm"),
     "add_norm": (add_norm, plain_add_norm, "ssd"),
-    "enter": (flat_enter, plain_flat_enter, "ssdsm"),
-    "enter with a skip": (skip_enter, plain_skip_enter, "ssdsdsm"),
 }
 cases = pytest.mark.parametrize("case", CASES)
 
@@ -76,7 +57,7 @@ def arguments(kinds, shape, dtype=torch.float64):
     ]
 
 
-def weighted(outputs, used=(0, 1, 2)):
+def weighted(outputs, used=(0, 1)):
     """A scalar that every output named by `used` moves differently at every place."""
     return sum(
         (out.double() * torch.sin(torch.arange(out.numel()).view(out.shape) + index)).sum()
@@ -85,7 +66,7 @@ def weighted(outputs, used=(0, 1, 2)):
     )
 
 
-def values_and_gradients(function, inputs, used=(0, 1, 2)):
+def values_and_gradients(function, inputs, used=(0, 1)):
     outputs = function(*inputs, FACTOR)
     return outputs, torch.autograd.grad(weighted(outputs, used), inputs)
 
@@ -114,11 +95,11 @@ def test_its_derivative_is_that_of_finite_differences(case):
 
 
 @cases
-@pytest.mark.parametrize("unused", [0, 1, 2])
+@pytest.mark.parametrize("unused", [0, 1])
 def test_an_output_that_nothing_uses_adds_nothing(case, unused):
     function, plain, kinds = CASES[case]
     inputs = arguments(kinds, (2, 3, 24))
-    used = {0, 1, 2} - {unused}
+    used = {0, 1} - {unused}
 
     _, gradients = values_and_gradients(function, inputs, used)
 
@@ -168,8 +149,8 @@ def test_it_compiles_as_one_graph_with_the_same_gradients(case):
     inputs = arguments(kinds, (2, 5, 40), torch.float32)
 
     def step(*tensors):
-        *_, entry, ours = function(*tensors, FACTOR)
-        return entry.sin(), ours.square()
+        out, ours = function(*tensors, FACTOR)
+        return out.sin(), ours.square()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
 
@@ -200,25 +181,15 @@ def test_tensors_may_lie_in_memory_as_they_like(case):
 
 @cases
 def test_an_operator_keeps_the_rules_of_the_dispatcher(case):
-    tensors = iter(arguments(CASES[case][2], (2, 3, 8), torch.float32))
-    given = [next(tensors) if there else None for there in TERMS[case]]
+    given = arguments(CASES[case][2], (2, 3, 8), torch.float32)
 
     torch.library.opcheck(torch.ops.fairway.norm_stream.default, (*given, FACTOR))
 
 
-# x, branch, scale, skip, skip_scale, x0, mix.
-TERMS = {
-    "mix_norm": (1, 0, 0, 0, 0, 1, 1),
-    "add_norm": (1, 1, 1, 0, 0, 0, 0),
-    "enter": (1, 1, 1, 0, 0, 1, 1),
-    "enter with a skip": (1, 1, 1, 1, 1, 1, 1),
-}
-
-
-def test_terms_of_another_shape_are_named():
+def test_streams_of_two_shapes_are_refused():
     x, x0, mix = drawn((2, 3, 8), (2, 1, 8), (2, 8))
 
-    with pytest.raises(ValueError, match=r"x0 is \(2, 1, 8\), x is \(2, 3, 8\)"):
+    with pytest.raises(ValueError, match=r"z is \(2, 1, 8\), x is \(2, 3, 8\)"):
         mix_norm(x, x0, mix, 1.0)
 
 
@@ -229,22 +200,19 @@ def compare_interpreted():
     close = {"rtol": 1e-4, "atol": 1e-4}
     for shape in ((3, 7, 96), (2, 5, 128), (1, 30, 513), (1, 70, 32)):
         for case, (_, _, kinds) in CASES.items():
-            tensors = iter(arguments(kinds, shape, torch.float32))
-            x, *terms = (next(tensors).detach() if there else None for there in TERMS[case])
-            found, expected = (
-                run(x, tuple(terms), FACTOR) for run in (triton_forward, plain_forward)
-            )
+            given = [tensor.detach() for tensor in arguments(kinds, shape, torch.float32)]
+            found, expected = (run(*given, FACTOR) for run in (triton_forward, plain_forward))
             torch.testing.assert_close(found, expected, **close)
-            kept, entry, _, rstd = expected
-            y = kept if kept.numel() else entry if terms[0] is not None else x
-            for used in ((1, 1, 1), (0, 1, 1), (0, 0, 1), (0, 1, 0)):
+            out, _, rstd = expected
+            x, z, weight = given
+            saved = x if case == "mix_norm" else out, z, weight, rstd
+            for used in ((1, 1), (0, 1), (1, 0)):
                 grads = tuple(
                     drawn(shape, dtype=torch.float32, seed=seed)[0].detach() if use else None
                     for seed, use in enumerate(used, 1)
                 )
                 found, expected = (
-                    run(grads, y, rstd, tuple(terms), FACTOR)
-                    for run in (triton_backward, plain_backward)
+                    run(grads, *saved, FACTOR) for run in (triton_backward, plain_backward)
                 )
                 torch.testing.assert_close(found, expected, **close)
 
