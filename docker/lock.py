@@ -26,11 +26,9 @@ GLIBC_MINOR = 36
 OLD_NAMES = ("manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64")
 CPU = "trainer-cpu"
 FIND_LINKS = "UV_FIND_LINKS"
-# flash-attn-4 is Fairway's extra fa4, for recipes that name it: kernels for Hopper and Blackwell.
-# cu13 is the CUDA that torch's wheel has.
 IMAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "service": (("serve", "mlflow", "postgres", "ray"), ()),
-    "trainer": (("train", "mlflow", "ray"), ("flash-attn-4[cu13]==4.0.0b36",)),
+    "trainer": (("train", "mlflow", "ray", "fa4"), ()),
     CPU: (("train", "mlflow", "ray"), ("torch==2.13.0+cpu",)),
 }
 """What an image is made of: extras of Fairway, and packages beside them."""

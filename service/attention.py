@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, get_args
 
 from trainer.codec import dump, parse
 from trainer.errors import UsageError
+from trainer.specs.documents import Documents
 from trainer.specs.evaluate import EvaluateSpec
 from trainer.specs.kernels import AttentionKernel, Backend
 from trainer.specs.model import ModelSpec
@@ -22,7 +23,11 @@ from trainer.specs.train import TrainSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer.kernels.attention import Attend
+
 TRAIN_FIELD, EVALUATE_FIELD = "train.attention", "evaluate.attention"
+FIELDS = (TRAIN_FIELD, EVALUATE_FIELD, "train.fused", "train.documents")
+"""What an answer begins with where a spec's own choice cannot run."""
 TRY_S = 120.0  # a first import of torch from a cold disk takes half a minute
 
 
@@ -38,8 +43,9 @@ class Kernel:
 class Question:
     """One layer's attention: `dtype` and shapes are the training's, device `cpu` or `cuda`.
 
-    kernel: which one is asked for. others: what must run there too. keeps_documents: whether it
-    stays inside of documents, which torch does by a mask.
+    kernel: which one is asked for. others: what must run there too. keeps_documents: whether a
+    training's stays inside of documents, which torch does by a mask. fused: whether its own kernels
+    must be there too.
     """
 
     device: str
@@ -51,6 +57,7 @@ class Question:
     kernel: Kernel = Kernel(TRAIN_FIELD)
     others: tuple[Kernel, ...] = ()
     keeps_documents: bool = False
+    fused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +73,9 @@ class Attention:
 
 def of_training(model: ModelSpec, device: str, train: TrainSpec) -> Question:
     """The attention of a model's layers in a training."""
-    return question_of(
-        model,
-        device,
-        train.dtype,
-        train.seq_len,
-        Kernel(TRAIN_FIELD, train.attention),
-        keeps_documents=train.documents is not None,
-    )
+    kernel = Kernel(TRAIN_FIELD, train.attention)
+    asked = question_of(model, device, train.dtype, train.seq_len, kernel)
+    return replace(asked, keeps_documents=train.documents is not None, fused=train.fused)
 
 
 def of_evaluation(model: ModelSpec, device: str, dtype: str, evaluate: EvaluateSpec) -> Question:
@@ -88,8 +90,6 @@ def question_of(
     dtype: str,
     seq_len: int,
     kernel: Kernel = Kernel(TRAIN_FIELD),
-    *,
-    keeps_documents: bool = False,
 ) -> Question:
     """The attention of a model's layers on sequences of so many tokens."""
     attention = model.attention
@@ -101,7 +101,6 @@ def question_of(
         head_dim=model.dim // attention.num_heads,
         seq_len=seq_len,
         kernel=kernel,
-        keeps_documents=keeps_documents,
     )
 
 
@@ -152,7 +151,13 @@ def ask(question: Question) -> Attention:
 
 
 def _answer(question: Question) -> Attention:
+    import torch
+
+    from trainer.kernels.chosen import check_fused
+
     try:
+        if question.fused:
+            check_fused(torch.device(question.device))
         for other in question.others:
             _run(question, other)
         name = _run(question, question.kernel)
@@ -175,20 +180,37 @@ def _run(question: Question, kernel: Kernel) -> str:
     field, where there is none or where it fails."""
     import torch
 
-    from trainer.kernels.attention import at_hand, attention_of
+    from trainer.kernels.attention import at_hand
 
     name = at_hand(kernel.named, torch.device(question.device), kernel.field)
     if name == "torch":  # as ever: a fault is no fault of a field
-        attention_of(name)(*_heads(question)).sum().backward()
+        _attend(question, kernel.field, name)(*_heads(question)).sum().backward()
         return name
     try:
-        attention_of(name)(*_heads(question)).sum().backward()
+        _attend(question, kernel.field, name)(*_heads(question)).sum().backward()
+    except UsageError:
+        raise
     except Exception as error:  # a package's own, of any kind
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(
             f"{kernel.field}: {name} fails here ({said}); name another, or install it again"
         ) from error
     return name
+
+
+def _attend(question: Question, field: str, name: Backend) -> "Attend":
+    """The attention that a field's back end gets; a training's that keeps documents apart works in
+    two of them."""
+    import torch
+
+    from trainer.kernels.attention import attention_of
+    from trainer.kernels.chosen import within_of
+
+    if not (question.keeps_documents and field == TRAIN_FIELD):
+        return attention_of(name)
+    opens = torch.zeros(1, question.seq_len, dtype=torch.int64, device=question.device)
+    opens[:, question.seq_len // 2] = 1
+    return within_of(name, Documents(bos=1), field)(opens)
 
 
 def _heads(question: Question) -> "tuple[Tensor, Tensor, Tensor]":
@@ -208,10 +230,9 @@ def _torch_answer(question: Question) -> Attention:
     """What torch chooses, and why it is not flash."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from trainer.kernels.attention import attend
-
     name = _torch_choice(question, learns=True)
     q, k, v = _heads(question)
+    attend = _attend(question, TRAIN_FIELD, "torch")
     with warnings.catch_warnings(record=True) as said, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         warnings.simplefilter("always")
         try:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 from ray._private.state import available_resources_per_node
@@ -11,7 +12,7 @@ from ray._private.state import available_resources_per_node
 from service.policies import gangs_at_once, what_is_missing
 from service.specs import Resources
 from trainer.errors import BackendError, UsageError
-from trainer.runtime.environment import hand_down
+from trainer.runtime.environment import compiled_in, hand_down
 
 OBJECT_STORE_BYTES = 150_000_000  # stages hand over paths, not tensors
 # Of every head Ray has one (2.60): a waiting driver is held there and takes no CPU from a gang.
@@ -26,12 +27,15 @@ class Where:
     num_cpus: int | None = None
 
 
-def worker_environment(resources: Resources, *, is_ours: bool) -> dict[str, str]:
-    """Ray's own settings, which only environment variables carry (ray 2.60)."""
+def worker_environment(
+    resources: Resources, compiled: Path | None, *, is_ours: bool
+) -> dict[str, str]:
+    """Settings of Ray and torch that only environment variables carry (ray 2.60)."""
     # A process more for every gang, and a Ray of our own has nobody to preempt it.
     spared = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"} if is_ours else {}
     return {
         **spared,
+        **({} if compiled is None else compiled_in(compiled)),
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(resources.start_timeout_s),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also the pace at which an end is noticed
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",
@@ -44,13 +48,14 @@ def worker_environment(resources: Resources, *, is_ours: bool) -> dict[str, str]
 
 
 @contextmanager
-def cluster(where: Where, resources: Resources) -> Iterator[None]:
+def cluster(where: Where, resources: Resources, compiled: Path | None = None) -> Iterator[None]:
     """Connect to Ray or start it, check that a gang fits, and shut it down at the end.
 
+    Workers share what torch.compile makes in the folder `compiled`, one for all sweeps.
     UsageError if the gang can never fit, BackendError if the address does not answer.
     """
     is_ours = where.address is None
-    environment = worker_environment(resources, is_ours=is_ours)
+    environment = worker_environment(resources, compiled, is_ours=is_ours)
     try:
         if not is_ours:
             ray.init(

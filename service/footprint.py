@@ -4,18 +4,22 @@ An estimate: tensors are counted as float32, artifacts at the high end of their 
 of finals that are yet to be made, by a TPE or to confirm, are left out.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 
 from service.attention import EVALUATE_FIELD, TRAIN_FIELD, Kernel
 from service.plan import DECAY, Plan, first_point
 from service.store import Store
 from service.sweep import Sweep
 from trainer.blueprint import blueprint
+from trainer.errors import UsageError
 from trainer.sizes import tensor_sizes
 from trainer.specs.model import ModelSpec
 from trainer.specs.recipe import Recipe
 from trainer.specs.task import TrainTask, train_task
+from tune_spaces.space import Point
 
 _FLOAT = 4  # bytes
 _CHECKPOINTS = 3  # of a training under way: two are kept, and a third is whole before one goes
@@ -42,20 +46,44 @@ def example(sweep: Sweep, plan: Plan | None = None) -> Recipe:
 
     The first of its `plan`, where that has points; UsageError if `where` drops every one.
     """
-    where = f"sweep {sweep.spec.name}"
+    return _recipe_at(sweep, _example_point(sweep, plan))
+
+
+def _example_point(sweep: Sweep, plan: Plan | None) -> Point:
     finals = () if plan is None else plan.finals
-    point = finals[0].point if finals else first_point(sweep, where)
-    return sweep.recipe_at(point, sweep.spec.seeds.search[0], where)
+    return finals[0].point if finals else first_point(sweep, f"sweep {sweep.spec.name}")
+
+
+def _recipe_at(sweep: Sweep, point: Point) -> Recipe:
+    return sweep.recipe_at(point, sweep.spec.seeds.search[0], f"sweep {sweep.spec.name}")
 
 
 def kernels(sweep: Sweep, plan: Plan | None = None) -> tuple[Kernel, ...]:
-    """The attention kernels that the sweep's points name, each once: an example's, the plan's."""
-    one = example(sweep, plan)
-    named = [(TRAIN_FIELD, one.train.attention), (EVALUATE_FIELD, one.evaluate.attention)]
+    """The attention kernels that the sweep's points name, each once: an example's, the plan's, and
+    what the space allows where a search is yet to make points."""
+    recipes = [example(sweep, plan)]
+    if plan is None or len(plan.finals) < plan.num_finals:
+        recipes += _with_other_kernels(sweep, plan)
+    named = [(TRAIN_FIELD, one.train.attention) for one in recipes]
+    named += [(EVALUATE_FIELD, one.evaluate.attention) for one in recipes]
     if plan is not None:
         named += [(TRAIN_FIELD, each.task.train.attention) for each in plan.trainings]
         named += [(EVALUATE_FIELD, each.task.evaluate.attention) for each in plan.finals]
     return tuple(Kernel(*each) for each in dict.fromkeys(named) if each[1] is not None)
+
+
+def _with_other_kernels(sweep: Sweep, plan: Plan | None) -> list[Recipe]:
+    """The example with each choice of kernels that the space has."""
+    point, recipes = _example_point(sweep, plan), []
+    axes = {
+        path: axis.values
+        for path, axis in sweep.spec.space.items()
+        if path.startswith((TRAIN_FIELD, EVALUATE_FIELD)) and axis.values is not None
+    }
+    for values in product(*axes.values()):
+        with suppress(UsageError):  # a kernel and itself as its substitute: no point has both
+            recipes.append(_recipe_at(sweep, {**point, **dict(zip(axes, values, strict=True))}))
+    return recipes
 
 
 def footprint(sweep: Sweep, plan: Plan, store: Store) -> Footprint:

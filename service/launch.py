@@ -165,9 +165,10 @@ class Launcher:
     def _bring_up(self) -> None:
         if self._is_up:
             return
-        self._stack.enter_context(cluster(self.site.where, self.spec.resources))
+        site = self.site
+        self._stack.enter_context(cluster(site.where, self.spec.resources, site.paths.compiled))
         answer_signals()  # Ray has put its own answer to SIGTERM in the place of ours
-        if self.site.where.address is not None:
+        if site.where.address is not None:
             self._check_nodes()
         self.recorder.watch = self._stack.enter_context(Watch(self.talk, self.plan.num_finals))
         self._is_up = True

@@ -10,6 +10,7 @@
                                   control.json: what the run under way is told; jobs/: a service's
                                   dirty-SHA256.diff: what the code had over its commit
       submissions/DIGEST/         sweep.yaml, the files it names, submission.json
+      compiled/                     what torch.compile has made; may be removed at any time
       mlflow.db mlruns/           the embedded MLflow
       outbox.json                 how far behind its ledgers MLflow is
 
@@ -99,6 +100,11 @@ class Paths:
     def outbox(self) -> Path:
         """How the service's projection into MLflow stands."""
         return self.home / "outbox.json"
+
+    @property
+    def compiled(self) -> Path:
+        """What torch.compile has made, for every process that needs the same again."""
+        return self.home / "compiled"
 
     @property
     def mlflow_db(self) -> Path:

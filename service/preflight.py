@@ -17,7 +17,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from service.attention import EVALUATE_FIELD, TRAIN_FIELD, Question, of_training
+from service.attention import FIELDS, Question, of_training
 from service.facts import check_packages
 from service.footprint import example, footprint, kernels
 from service.machine import Machine, look
@@ -135,7 +135,9 @@ def question(sweep: Sweep, plan: Plan | None = None) -> Question:
 
 def asks_kernel(sweep: Sweep, plan: Plan | None = None) -> bool:
     """Whether the sweep requires or names a kernel. Only then it is worth starting torch to ask."""
-    return _requires_flash(sweep) or bool(kernels(sweep, plan))
+    asked = question(sweep, plan)
+    needs_triton = asked.fused and asked.device == "cuda"
+    return _requires_flash(sweep) or needs_triton or bool(asked.others)
 
 
 def _requires_flash(sweep: Sweep) -> bool:
@@ -145,16 +147,14 @@ def _requires_flash(sweep: Sweep) -> bool:
 def _kernel(sweep: Sweep, plan: Plan | None, machines: Sequence[Machine]) -> Iterator[Check]:
     asked = question(sweep, plan)
     where = f"on {asked.device} in {asked.dtype}"
-    for machine in machines:
-        got = machine.attention
-        if got is None:
-            continue
-        detail = f"{machine.host}: {got.backend} {where}"
-        if got.backend is None and got.why.startswith((TRAIN_FIELD, EVALUATE_FIELD)):
-            yield _failed("kernel", UsageError(f"{machine.host}: {got.why}"))
+    answers = [(each.host, each.attention) for each in machines if each.attention is not None]
+    for host, got in answers:
+        detail = f"{host}: {got.backend} {where}"
+        if got.backend is None and got.why.startswith(FIELDS):
+            yield _failed("kernel", UsageError(f"{host}: {got.why}"))
         elif got.backend is None:
             fix = "install a torch that runs on this device, or run elsewhere"
-            yield Check("kernel", "fail", f"{machine.host}: none {where}: {got.why}", fix)
+            yield Check("kernel", "fail", f"{host}: none {where}: {got.why}", fix)
         elif _requires_flash(sweep) and got.backend not in FLASH:
             detail += f", require.attention is flash: {got.why or 'torch prefers the other'}"
             fix = "set train.dtype=bfloat16, other head sizes, or drop require.attention"
@@ -162,8 +162,13 @@ def _kernel(sweep: Sweep, plan: Plan | None, machines: Sequence[Machine]) -> Ite
         else:
             names = ", ".join(got.at_hand)
             yield Check("kernel", "ok", f"{detail}; to be named: {names}" if names else detail)
-    if asks_kernel(sweep, plan) and not any(machine.attention for machine in machines):
-        what = "require.attention is flash" if _requires_flash(sweep) else "attention is named"
+    found = {got.backend: host for host, got in answers if got.backend is not None}
+    if asked.others and len(found) > 1:
+        detail = ", ".join(f"{host} has {name}" for name, host in found.items())
+        fix = "install the same packages on every node, or name one that all have"
+        yield Check("kernel", "fail", f"ranks would differ: {detail}", fix)
+    if asks_kernel(sweep, plan) and not answers:
+        what = "require.attention is flash" if _requires_flash(sweep) else "a kernel is named"
         detail = f"{what}, and no machine was asked"
         yield Check("kernel", "warn", detail, "ask with `fairway doctor` while its GPUs are free")
 

@@ -280,6 +280,8 @@ def _facts(sheet: Sheet) -> dict[str, str]:
     )
     trained, scored = sheet.train_worker, sheet.final_worker
     facts = {name: getattr(trained, name, None) for name in shown.split()}
+    for name in ("attention", "flash_attn"):
+        facts[f"{name} of evaluation"] = getattr(scored, name, None)
     facts["threads"] = sheet.threads
     for name in ("zstandard", "libzstd", "brotli", "zlib", "liblzma", "constriction"):
         facts[name] = getattr(scored, name, None)
@@ -291,23 +293,34 @@ def requirements_of(record: Record) -> str:
     """The packages that train_gpt.py needs, at the versions that were recorded."""
     lines = ["# What the runs were computed with; another build may sum in another order."]
     for package in packages_of(record.first.final_task.final):
-        version = _version(record.first.final_worker, package)
-        public = version and version.partition("+")[0]
-        build = "" if public == version else f"  # {version}"
-        lines.append(f"{package}=={public}{build}" if version else f"# {package}: not recorded")
+        lines.append(_pin(package, _version(record.first.final_worker, package)))
     lines += _attention_packages(record.first)
     return "\n".join(lines) + "\n"
 
 
 def _attention_packages(sheet: Sheet) -> list[str]:
-    """The packages that the attention of training and evaluation came from, beyond torch."""
-    lines: list[str] = []
-    for worker in (sheet.train_worker, sheet.final_worker):
+    """The packages that the attention of training and evaluation came from, beyond torch: one pin
+    each, and a comment where the one that trained had another version."""
+    lines: dict[str, str] = {}
+    for worker in (sheet.final_worker, sheet.train_worker):
         package = None if worker is None else ATTENTION.get(worker.attention or "")
-        if worker is not None and package is not None:
-            version = worker.flash_attn
-            lines.append(f"{package}=={version}" if version else f"# {package}: not recorded")
-    return list(dict.fromkeys(lines))
+        if worker is None or package is None:
+            continue
+        if package not in lines:
+            lines[package] = _pin(package, worker.flash_attn)
+        elif lines[package] != (other := _pin(package, worker.flash_attn)):
+            lines[f"{package} of the training"] = f"# trained with {other.removeprefix('# ')}"
+    return list(lines.values())
+
+
+def _pin(package: str, version: str | None) -> str:
+    """A line of requirements.txt; a comment for what no index has."""
+    if version is None:
+        return f"# {package}: not recorded"
+    if package == ATTENTION["flash_attn_3"]:
+        return f"# {package}=={version}: build it from its source"
+    public = version.partition("+")[0]
+    return f"{package}=={public}" + ("" if public == version else f"  # {version}")
 
 
 def _version(worker: WorkerFacts | None, package: str) -> str | None:

@@ -41,7 +41,7 @@ from service.sheet import Noise, Sheet, noise_of
 from service.store import Store
 from service.talk import Talk
 from service.tasks import run_final
-from service.worker_facts import worker_facts
+from service.worker_facts import with_attention, worker_facts
 from trainer.codec import dump, parse
 from trainer.data.prepare import EMBEDDED_NAME, prepare_embedded
 from trainer.data.shards import load_dataset
@@ -129,15 +129,15 @@ def prepare(
     folder = _data_folder(paths, sheet, data)
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = "cuda" if sheet.device == "cuda" and num_gpus else "cpu"
-    here = worker_facts(torch.device(device), _kernel(wanted, sheet, device))
-    here = replace(here, threads=sheet.threads)  # as `run` sets them
+    here = replace(worker_facts(torch.device(device)), threads=sheet.threads)  # as `run` sets them
+    trains, scores = (with_attention(here, name) for name in _kernels(wanted, device))
     measured = Noise() if sheet.sweep is None else noise_of(paths, sheet.sweep)
     found = [
         *wanted.differences,
         *check_sheet(sheet),
         *check_code(sheet, code_digest()),
         *check_data(sheet, folder),
-        *check_workers(sheet, here, num_gpus),
+        *check_workers(sheet, trains, scores, num_gpus),
         *check_driver(sheet, driver_facts(dirty_diff())),
         *([] if is_exact(sheet) or measured.sd_bpb is not None else check_noise(sheet)),
         *missing_facts(sheet),
@@ -173,14 +173,15 @@ def _data_folder(paths: Paths, sheet: Sheet, data: Path | None) -> Path:
     return require_data(sheet, home_data)
 
 
-def _kernel(wanted: Wanted, sheet: Sheet, device: str) -> str | None:
-    """The attention kernel of the final's evaluation here, where that of the sheet is known;
-    UsageError, naming its field, for one that is not to be had."""
+def _kernels(wanted: Wanted, device: str) -> tuple[str, str]:
+    """The attention kernels of training and evaluation here; UsageError, naming its field, for one
+    that is not to be had."""
     task, evaluate = wanted.train_task, wanted.final_task.evaluate
-    choice(of_training(task.model, device, task.train), learns=True)
-    found = choice(of_evaluation(task.model, device, task.train.dtype, evaluate), learns=False)
-    is_known = sheet.final_worker is not None and sheet.final_worker.attention is not None
-    return found if is_known else None
+    scoring = of_evaluation(task.model, device, task.train.dtype, evaluate)
+    return (
+        choice(of_training(task.model, device, task.train), learns=True),
+        choice(scoring, learns=False),
+    )
 
 
 def run(prepared: Prepared, store: Path, talk: Talk) -> Outcome:

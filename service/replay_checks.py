@@ -203,22 +203,26 @@ def _check_file(path: Path, size: int | None, sha256: str) -> Iterator[Differenc
         yield Difference("data", f"{path.name} sha256 {sha256[:12]}", f"{path}: {found[:12]}")
 
 
-def check_workers(sheet: Sheet, here: WorkerFacts, num_gpus: int) -> Iterator[Difference]:
-    """Hold what the stages were computed with against this machine: `here` is what a worker of
-    the replay finds."""
+def check_workers(
+    sheet: Sheet, trains: WorkerFacts, scores: WorkerFacts, num_gpus: int
+) -> Iterator[Difference]:
+    """Hold what the stages were computed with against this machine: what a worker of the replay
+    finds when it trains, and when it makes and scores the final."""
     counting = _counting(sheet)
     told = [(role, facts) for role, facts in _workers(sheet) if facts is not None]
     skipped = _TOLD_APART | ({"threads"} if sheet.device == "cpu" else set[str]())
     for name in (field.name for field in fields(WorkerFacts) if field.name not in skipped):
-        found = getattr(here, name)
-        others = [(role, getattr(facts, name)) for role, facts in told]
-        others = [(role, value) for role, value in others if value not in (None, (), found)]
-        for value in dict.fromkeys(_text(value) for _, value in others):
-            roles = [role for role, own in others if _text(own) == value]
+        others: dict[tuple[str, Any], list[str]] = {}
+        for role, facts in told:
+            found = getattr(trains if role.startswith("training") else scores, name)
+            value = getattr(facts, name)
+            if value not in (None, (), found):
+                others.setdefault((_text(value), found), []).append(role)
+        for (value, found), roles in others.items():
             recorded = value if len(roles) == len(told) else f"{value} ({roles[0]})"
             is_counted = name in counting and not (name == "python" and _minor(value, found))
             yield Difference(name, recorded, _text(found), is_counted)
-    yield from _check_variables(sheet, told, _variables(here))
+    yield from _check_variables(sheet, told, _variables(scores))
     if sheet.device == "cuda" and num_gpus < sheet.world_size:
         yield Difference("world_size", f"{sheet.world_size} GPUs", f"{num_gpus} GPUs")
 

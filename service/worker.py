@@ -168,7 +168,7 @@ class Rank:
             return
         asked = of_training(task.model, self.ranks.device.type, task.train)
         facts = with_attention(self.facts, choice(asked, learns=True))
-        facts = replace(facts, fused=task.train.fused)
+        facts = replace(facts, fused=task.train.fused and self.ranks.device.type == "cuda")
         for folder in folders:
             if not (folder / "result.json").is_file():  # what others left is theirs
                 write_facts(folder, facts, goes_on=goes_on)
@@ -205,7 +205,8 @@ class Rank:
         """Drop compiled graphs that this task cannot use; too many would end in a refusal."""
         spec = task.train
         shape = [dump(task.model), spec.seq_len, spec.batch_tokens, spec.micro_batch_tokens]
-        key = fingerprint([*shape, spec.dtype, spec.compile, spec.qat is None])
+        kernels = [dump(spec.attention), spec.fused, spec.documents is None]
+        key = fingerprint([*shape, *kernels, spec.dtype, spec.compile, spec.qat is None])
         if spec.compile and self.compiled_for not in (None, key):
             torch._dynamo.reset()
         self.compiled_for = key if spec.compile else self.compiled_for

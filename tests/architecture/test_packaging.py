@@ -109,6 +109,16 @@ def test_the_two_flash_attentions_are_exact_and_exclude_each_other() -> None:
     assert not any("fa2" in line or "fa4" in line for line in extras["all"] + extras["dev"])
 
 
+def test_what_the_resolver_is_told_besides_belongs_to_uv() -> None:
+    marked = [line for line in CONSTRAINTS.read_text("utf-8").splitlines() if "#lock " in line]
+    lines = "\n".join(line.removeprefix("#lock ") for line in marked)
+
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8") + lines)
+
+    assert "torch==2.13.0" in told["tool"]["uv"]["constraint-dependencies"]
+    assert "constraint-dependencies" not in PYPROJECT["tool"]["uv"]  # or nobody could have another
+
+
 def _named() -> list[Requirement]:
     """Everything that pyproject.toml names, extras and build back end included; the attention
     kernels, which only machines with a GPU have, are left out."""

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from service.attention import Question, ask
+from service.attention import Kernel, Question, ask
 from service.machine import look
+from trainer.kernels.attention import lacking
+from trainer.specs.kernels import AttentionKernel
 
 torch = pytest.importorskip("torch")
 
@@ -33,3 +35,21 @@ def test_flash_runs_in_bfloat16_and_not_in_float32() -> None:
     assert half.why == ""
     assert full.backend not in ("flash", "cudnn", None), full
     assert "dtype" in full.why.lower(), full.why
+
+
+def test_an_attention_that_keeps_documents_apart_is_run_as_it_trains() -> None:
+    told = ask(Question("cuda", "bfloat16", **PR414, keeps_documents=True))
+
+    assert told.backend not in ("flash", None), told
+    assert "mask" in told.why.lower(), told.why
+
+
+def test_a_package_keeps_documents_apart_or_is_refused() -> None:
+    why = lacking("flash_attn_4", torch.device("cuda"))
+    if why is not None:
+        pytest.skip(why)
+    kernel = Kernel("train.attention", AttentionKernel("flash_attn_4"))
+
+    told = ask(Question("cuda", "bfloat16", **PR414, kernel=kernel, keeps_documents=True))
+
+    assert told.backend == "flash_attn_4", told

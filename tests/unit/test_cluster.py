@@ -1,8 +1,10 @@
 """What a gang lacks just now, in the words that a waiting sweep shows."""
 
+from pathlib import Path
+
 import pytest
 
-from service.cluster import shortage
+from service.cluster import shortage, worker_environment
 from service.specs import Resources
 
 EIGHT = Resources(workers=8, gpus_per_worker=1)
@@ -39,3 +41,15 @@ def nodes(*amounts: tuple[float, float]) -> list[dict[str, float]]:
 )
 def test_what_is_short_is_named_with_what_is_free(resources, free, lack):
     assert shortage(resources, free) == lack
+
+
+def test_workers_keep_what_they_compile_in_the_home_unless_told_elsewhere(monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+
+    def place():
+        told = worker_environment(FOUR, Path("home/compiled"), is_ours=True)
+        return told["TORCHINDUCTOR_CACHE_DIR"]
+
+    assert place() == str(Path("home/compiled").absolute())
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    assert place() == "/elsewhere"

@@ -253,7 +253,8 @@ def test_the_image_has_the_flash_attention_that_the_extra_names() -> None:
 
     locked = (DOCKER / "requirements-trainer.lock").read_text(encoding="utf-8")
 
-    assert f"\n{named.partition(';')[0]} \\\n" in locked
+    flash = Requirement(named)
+    assert f"\n{flash.name}{flash.specifier} \\\n" in locked
 
 
 # ---- the stack --------------------------------------------------------------------------------

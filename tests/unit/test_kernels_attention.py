@@ -30,6 +30,42 @@ def test_a_kernel_for_gpus_is_refused_on_a_cpu_by_its_field(name):
         at_hand(AttentionKernel(name=name), CPU, "train.attention")
 
 
+@pytest.fixture
+def hopper(monkeypatch, tmp_path):
+    """A device that all packages run on, and a place that packages may be put."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_one_flash_attention_is_not_taken_for_another_whose_folder_it_has(hopper):
+    broken = hopper / "flash_attn" / "cute"
+    broken.mkdir(parents=True)
+    (broken.parent / "__init__.py").write_text("raise ImportError('undefined symbol')")
+    (broken / "__init__.py").touch()
+    kernel = AttentionKernel(name="flash_attn_4", substitute="cudnn")
+
+    assert at_hand(kernel, torch.device("cuda"), "train.attention") == "cudnn"
+    with pytest.raises(UsageError, match=r'flash-attn-4 is not installed; pip install -e "\.\[fa4'):
+        at_hand(replace(kernel, substitute=None), torch.device("cuda"), "train.attention")
+
+
+def test_a_package_that_cannot_be_imported_is_named_with_its_fault(hopper):
+    (hopper / "flash_attn_interface.py").write_text("raise ImportError('undefined symbol: x')")
+    kernel = AttentionKernel(name="flash_attn_3")
+
+    with pytest.raises(UsageError, match=r"^train.attention: flash_attn_3 .*undefined symbol: x"):
+        kernels_of(kernel, torch.device("cuda"), "train.attention")
+
+
+def test_own_kernels_need_triton_on_a_gpu_alone(hopper, monkeypatch):
+    monkeypatch.setattr("trainer.kernels.chosen.find_spec", lambda name: None)
+
+    assert kernels_of(None, CPU, "train.attention", fused=True).fused
+    with pytest.raises(UsageError, match=r"^train.fused: triton is not installed"):
+        kernels_of(None, torch.device("cuda"), "train.attention", fused=True)
+
+
 def test_a_named_substitute_stands_in_for_what_is_missing():
     kernel = AttentionKernel(name="flash_attn_4", substitute="torch")
 

@@ -284,13 +284,56 @@ def test_a_kernel_with_a_substitute_is_no_fault(home):
     assert not [each for each in require_ready(sweep, home, dataset, plan) if each.name == "kernel"]
 
 
-def test_every_attention_of_a_sweeps_points_is_asked_for(home):
-    space = {"train.attention.name": {"values": ["flash_attn_4", "cudnn", "torch"]}}
-    sweep, _, plan = planned(home, space=space, overrides=BFLOAT16)
+TPE = {"method": "tpe", "startup": 1}
 
-    names = {kernel.named.name for kernel in question(sweep, plan).others}
 
-    assert names == {"flash_attn_4", "cudnn", "torch"}
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+@pytest.mark.parametrize(
+    "search",
+    [{}, {"train": {**TPE, "num": 2}}, {"final": {**TPE, "per_bank": 2}}],
+    ids=["grid", "trainings made by a tpe", "finals made by a tpe"],
+)
+def test_every_attention_of_a_sweeps_points_is_asked_for(home, stage, search):
+    space = {
+        f"{stage}.attention.name": {"values": ["torch", "flash_attn_4", "cudnn"]},
+        "train.optimizer.matrix.lr": {"values": [0.01, 0.02]},
+        "final.prune.ratio": {"values": [0.0, 0.1]},
+    }
+    sweep, _, plan = planned(home, space=space, search=search, overrides=BFLOAT16)
+
+    named = [(each.field, each.named.name) for each in question(sweep, plan).others]
+
+    field = f"{stage}.attention"
+    assert set(named) == {(field, name) for name in ("flash_attn_4", "cudnn", "torch")}
+
+
+def test_nodes_whose_ranks_would_attend_by_different_kernels_fail(home):
+    named = {"train.attention": {"name": "flash_attn_4", "substitute": "cudnn"}} | BFLOAT16
+    sweep, dataset, plan = planned(home, overrides=named)
+    here = look(home.store)
+
+    def found(*backends):
+        nodes = [replace(here, host=f"n{i}", attention=Attention(b, "")) for i, b in backends]
+        return wrong(checks(sweep, home, dataset, plan, here, nodes))
+
+    apart = found((1, "flash_attn_4"), (2, "cudnn"))
+
+    assert "ranks would differ: n1 has flash_attn_4, n2 has cudnn" in apart["kernel"]
+    assert "kernel" not in found((1, "cudnn"), (2, "cudnn"))
+
+
+def test_own_kernels_without_triton_are_refused_by_their_field(home):
+    sweep, dataset, plan = planned(
+        home, overrides={"train.fused": True}, resources={"gpus_per_worker": 1}
+    )
+    why = "train.fused: triton is not installed; install it or set train.fused=false"
+    bare = replace(look(home.store), attention=Attention(None, why))
+
+    told = wrong(checks(sweep, home, dataset, plan, bare, [bare]))
+
+    assert asks_kernel(sweep, plan)
+    assert told["kernel"].endswith(why)
+    assert not asks_kernel(planned(home, overrides={"train.fused": True})[0])  # on a CPU
 
 
 def test_a_node_that_does_not_see_the_store_fails(home):

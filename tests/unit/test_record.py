@@ -373,16 +373,31 @@ def test_requirements_name_the_package_that_the_attention_came_from(sheet: Sheet
     assert trained is not None
     assert scored is not None
     fast = replace(trained, attention="flash_attn_4", flash_attn="4.0.0b36", fused=True)
-    built = replace(scored, attention="flash_attn_3")
+    built = replace(scored, attention="flash_attn_3", flash_attn="3.0.0")
     other = replace(sheet, train_worker=fast, final_worker=built)
 
     text = requirements_of(Record((Entry(other, 1),), BY, 1))
 
-    assert text.endswith("\nflash-attn-4==4.0.0b36\n# flash-attn-3: not recorded\n")
+    assert text.endswith(
+        "\n# flash-attn-3==3.0.0: build it from its source\nflash-attn-4==4.0.0b36\n"
+    )
     assert "flash" not in requirements_of(Record((Entry(sheet, 1),), BY, 1))
     rows = dict(facts_by_name([other]))
-    told = {name: rows[name] for name in ("attention", "flash_attn", "fused")}
-    assert told == {"attention": "flash_attn_4", "flash_attn": "4.0.0b36", "fused": "True"}
+    shown = ("attention", "flash_attn", "fused", "attention of evaluation")
+    assert [rows[name] for name in shown] == ["flash_attn_4", "4.0.0b36", "True", "flash_attn_3"]
+
+
+def test_requirements_pin_a_package_once(sheet: Sheet) -> None:
+    trained, scored = (
+        replace(worker, attention="flash_attn_2", flash_attn=version)
+        for worker, version in ((sheet.train_worker, "2.8.2"), (sheet.final_worker, "2.8.3+cu13"))
+        if worker is not None
+    )
+    other = replace(sheet, train_worker=trained, final_worker=scored)
+
+    text = requirements_of(Record((Entry(other, 1),), BY, 1))
+
+    assert text.endswith("\nflash-attn==2.8.3  # 2.8.3+cu13\n# trained with flash-attn==2.8.2\n")
 
 
 def test_the_distributions_of_attentions_are_those_that_are_looked_for() -> None:

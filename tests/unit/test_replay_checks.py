@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from service.facts import process_facts
+from service.facts import WorkerFacts, process_facts
 from service.replay import prepare
-from service.replay_checks import wanted_of
+from service.replay_checks import check_workers, wanted_of
 from service.sheet import Sheet, read_sheet
 from tests.scored import Scored, on_both, on_final, scored_home
 from trainer.errors import UsageError
@@ -145,6 +145,25 @@ def test_what_moves_no_byte_is_noted_and_does_not_refuse(
     prepared = prepare(home.paths, on_both(sheet, **{name: recorded}), None)
 
     assert [note.name for note in prepared.notes] == [name]
+
+
+def test_each_stages_kernel_is_held_against_the_one_that_it_would_get_here(
+    home: Scored, sheet: Sheet
+) -> None:
+    here = sheet.final_worker
+    assert here is not None
+    trained = replace(here, attention="flash_attn_4", flash_attn="4.0.0b36")
+
+    def differing(trains: WorkerFacts) -> list[str]:
+        told = replace(sheet, train_worker=trained)
+        found = check_workers(told, trains, here, num_gpus=0)
+        return [each.name for each in found if each.name in ("attention", "flash_attn")]
+
+    assert differing(trained) == []
+    assert differing(replace(trained, attention="cudnn", flash_attn=None)) == [
+        "attention",
+        "flash_attn",
+    ]
 
 
 def with_variable(sheet: Sheet, variable: str) -> Sheet:

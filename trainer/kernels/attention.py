@@ -62,18 +62,19 @@ def attend_flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Package:
-    """A distribution with an attention kernel, its module, and how one comes by it."""
+    """A distribution with an attention kernel, and how one comes by it. module: of one that may be
+    there without a distribution; a top one, because the parents of others would be imported."""
 
     distribution: str
-    module: str
     capability: int
     install: str
+    module: str | None = None
 
 
 PACKAGES: dict[str, _Package] = {
-    "flash_attn_4": _Package("flash-attn-4", "flash_attn.cute", 9, 'pip install "fairway[fa4]"'),
-    "flash_attn_3": _Package("flash-attn-3", "flash_attn_interface", 9, "build it from its source"),
-    "flash_attn_2": _Package("flash-attn", "flash_attn_2_cuda", 8, 'pip install "fairway[fa2]"'),
+    "flash_attn_4": _Package("flash-attn-4", 9, 'pip install -e ".[fa4]"'),
+    "flash_attn_3": _Package("flash-attn-3", 9, "build it from its source", "flash_attn_interface"),
+    "flash_attn_2": _Package("flash-attn", 8, 'pip install --no-build-isolation -e ".[fa2]"'),
 }
 
 
@@ -90,7 +91,7 @@ def lacking(name: Backend, device: torch.device) -> str | None:
         return f"it needs a GPU of compute capability {package.capability}.0 or newer"
     if _has("flash-attn") and _has("flash-attn-4"):
         return "flash-attn and flash-attn-4 overwrite each other's files; uninstall both, then one"
-    if not (_has(package.distribution) or _has_module(package.module)):
+    if not (_has(package.distribution) or (package.module and find_spec(package.module))):
         return f"{package.distribution} is not installed; {package.install}"
     return None
 
@@ -155,10 +156,3 @@ def _has(distribution: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
-
-
-def _has_module(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:  # not even its parent
-        return False

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 
@@ -36,9 +37,24 @@ def kernels_of(
 ) -> Kernels:
     """The kernels that a spec gets on a device; UsageError, naming its `field`, for what is not
     to be had there."""
+    if fused:
+        check_fused(device)
     name = at_hand(attention, device, field)
-    within = None if documents is None else within_of(name, documents, field)
-    return Kernels(attention_of(name), fused, within)
+    try:
+        within = None if documents is None else within_of(name, documents, field)
+        return Kernels(attention_of(name), fused, within)
+    except ImportError as error:  # installed, and for another torch
+        raise UsageError(
+            f"{field}: {name} cannot be imported ({error}); install it again or name another"
+        ) from error
+
+
+def check_fused(device: torch.device) -> None:
+    """UsageError where our own kernels, which a CUDA device takes in Triton, have no Triton."""
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise UsageError(
+            "train.fused: triton is not installed; install it or set train.fused=false"
+        )
 
 
 def within_of(name: Backend, documents: Documents, field: str) -> Within:

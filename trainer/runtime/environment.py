@@ -5,6 +5,7 @@ Owns what a process must have set before it imports such a package. It imports n
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 # Source: MLflow 3.17, mlflow/environment_variables.py.
 MLFLOW_CLIENT: dict[str, str] = {
@@ -42,6 +43,9 @@ NUMERICS = (
 
 # What only the service needs: its tokens, webhooks and stores, whose addresses may hold passwords.
 _SECRET_PREFIXES = ("FAIRWAY_", "MLFLOW_TRACKING_", "PG")
+_COMPILED = (
+    "TORCHINDUCTOR_CACHE_DIR"  # Source: torch 2.13, torch/_inductor/runtime/cache_dir_utils.py
+)
 _BUILD = {
     "git_commit": "FAIRWAY_GIT_COMMIT",
     "git_dirty": "FAIRWAY_GIT_DIRTY",
@@ -84,6 +88,12 @@ def numerics_variables() -> dict[str, str]:
 def hand_down(variables: dict[str, str]) -> None:
     """Set variables for the processes that this one will start."""
     os.environ.update(variables)
+
+
+def compiled_in(folder: Path) -> dict[str, str]:
+    """The variable that has torch.compile keep its graphs and kernels in `folder`, where other
+    processes find them; a place that this process was given is kept."""
+    return {_COMPILED: os.environ.get(_COMPILED) or str(folder.absolute())}
 
 
 def without_secrets() -> dict[str, str]:
