@@ -136,8 +136,7 @@ def question(sweep: Sweep, plan: Plan | None = None) -> Question:
 def asks_kernel(sweep: Sweep, plan: Plan | None = None) -> bool:
     """Whether the sweep requires or names a kernel. Only then it is worth starting torch to ask."""
     asked = question(sweep, plan)
-    needs_triton = asked.fused and asked.device == "cuda"
-    return _requires_flash(sweep) or needs_triton or bool(asked.others)
+    return _requires_flash(sweep) or bool(asked.others) or (asked.fused and asked.device == "cuda")
 
 
 def _requires_flash(sweep: Sweep) -> bool:
