@@ -74,7 +74,7 @@ def main() -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)
     recipe = parse(Recipe, load_recipe(told.recipe, "benchmark"), told.recipe)
-    kernels = kernels_of(AttentionKernel(name=told.attention), device, "--attention")
+    kernels = kernels_of(AttentionKernel(name=told.attention), device, told.dtype, "--attention")
     model = build(recipe.model.exported(), seed=0, dtype=told.dtype, kernels=kernels)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

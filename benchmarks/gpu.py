@@ -226,8 +226,9 @@ def _derive(
     column: dict[str, Any], measured: dict[str, float], recipe: Recipe, device: torch.device
 ) -> None:
     """Add to a column what follows from its figures."""
-    column["train_attention"] = _back_end(recipe.train.attention, device)
-    column["evaluate_attention"] = _back_end(recipe.evaluate.attention, device)
+    dtype = recipe.train.dtype
+    column["train_attention"] = _back_end(recipe.train.attention, device, dtype)
+    column["evaluate_attention"] = _back_end(recipe.evaluate.attention, device, dtype)
     step, update = column.get("kernels_ms"), column.get("update_kernels_ms")
     if update:
         column["update_busy_ms"] = sum(update[kind] for kind in parts.CLASSES)
@@ -240,12 +241,12 @@ def _derive(
         column["of_limit"] = limit_ms / column["step_ms"]
 
 
-def _back_end(kernel: AttentionKernel | None, device: torch.device) -> str:
+def _back_end(kernel: AttentionKernel | None, device: torch.device, dtype: str) -> str:
     """The back end that a spec gets here, and why if it is not the one that it names."""
-    name = at_hand(kernel, device, "attention")
+    name = at_hand(kernel, device, dtype, "attention")
     if kernel is None or name == kernel.name:
         return name
-    return f"{name}, for {kernel.name}: {lacking(kernel.name, device)}"
+    return f"{name}, for {kernel.name}: {lacking(kernel.name, device, dtype)}"
 
 
 def _limits_of(recipe: Recipe, measured: dict[str, float]) -> dict[str, float]:

@@ -145,7 +145,7 @@ def attention(device: torch.device) -> Figures:
     grad = draw(heads)
     found: Figures = {}
     for name in get_args(Backend):
-        why = lacking(name, device)
+        why = lacking(name, device, "bfloat16")
         try:
             found[name] = {"missing": why} if why else _one_attention(name, inputs, grad, device)
         except Exception as error:  # the other back ends' figures are still wanted
@@ -325,8 +325,8 @@ def evaluation(recipe: Recipe, dataset: Dataset, ranks: Ranks) -> Figures:
     device, spec = ranks.device, recipe.evaluate
     stream = dataset.stream("val")
     tokens = stream.read(0, min(len(stream), sizes_of(device).predictions + 1))
-    chosen = kernels_of(spec.attention, device, "evaluate.attention")
     dtype = recipe.train.dtype
+    chosen = kernels_of(spec.attention, device, dtype, "evaluate.attention")
     model = build(recipe.model.exported(), seed=SEED, dtype=dtype, kernels=chosen).to(device)
 
     def score(upto: int) -> float:

@@ -112,7 +112,7 @@ def choice(question: Question, *, learns: bool) -> str:
     from trainer.kernels.attention import at_hand
 
     kernel = question.kernel
-    name = at_hand(kernel.named, torch.device(question.device), kernel.field)
+    name = at_hand(kernel.named, torch.device(question.device), question.dtype, kernel.field)
     return name if name != "torch" else _torch_choice(question, learns=learns)
 
 
@@ -153,11 +153,11 @@ def ask(question: Question) -> Attention:
 def _answer(question: Question) -> Attention:
     import torch
 
-    from trainer.kernels.chosen import check_fused
+    from trainer.kernels.chosen import require_triton
 
     try:
         if question.fused:
-            check_fused(torch.device(question.device))
+            require_triton(torch.device(question.device), "train.fused", "set train.fused=false")
         for other in question.others:
             _run(question, other)
         name = _run(question, question.kernel)
@@ -166,13 +166,13 @@ def _answer(question: Question) -> Attention:
     return Attention(name, "") if name != "torch" else _torch_answer(question)
 
 
-def _at_hand(device: str) -> tuple[str, ...]:
+def _at_hand(device: str, dtype: str) -> tuple[str, ...]:
     import torch
 
     from trainer.kernels.attention import lacking
 
     place = torch.device(device)
-    return tuple(name for name in get_args(Backend) if lacking(name, place) is None)
+    return tuple(name for name in get_args(Backend) if lacking(name, place, dtype) is None)
 
 
 def _run(question: Question, kernel: Kernel) -> str:
@@ -182,7 +182,7 @@ def _run(question: Question, kernel: Kernel) -> str:
 
     from trainer.kernels.attention import at_hand
 
-    name = at_hand(kernel.named, torch.device(question.device), kernel.field)
+    name = at_hand(kernel.named, torch.device(question.device), question.dtype, kernel.field)
     if name == "torch":  # as ever: a fault is no fault of a field
         _attend(question, kernel.field, name)(*_heads(question)).sum().backward()
         return name
@@ -259,5 +259,5 @@ def reason_of_flash(told: Sequence[str]) -> str | None:
 
 if __name__ == "__main__":
     asked = parse(Question, json.loads(sys.argv[1]), "question")
-    answer = replace(_answer(asked), at_hand=_at_hand(asked.device))
+    answer = replace(_answer(asked), at_hand=_at_hand(asked.device, asked.dtype))
     sys.stdout.write(json.dumps(asdict(answer)) + "\n")

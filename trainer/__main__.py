@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> FinalResult | None:
     data = with_values(read_recipe(arguments.recipe), values)
     recipe = parse(Recipe, data, str(arguments.recipe))
     check_late_parts(recipe.train, recipe.final.average, str(arguments.recipe))
-    at_hand(recipe.evaluate.attention, ranks.device, "evaluate.attention")
+    at_hand(recipe.evaluate.attention, ranks.device, recipe.train.dtype, "evaluate.attention")
     out: Path = arguments.out
     dataset = _dataset(arguments.data or out / "data" / recipe.data.name, recipe.data.name, ranks)
     if ranks.is_first:

@@ -6,8 +6,8 @@ written last, means done. Scoring what lies there is `trainer.run`'s.
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -97,36 +97,47 @@ def open_entry(
     """Read the entry that a task names onto the device, and the Hessians of the folder that is
     given. Finals that follow one another in a process share what they read: nobody changes it."""
     trained_as, _ = load_training(training)
-    bank = training / "bank"
+    bank, device = training / "bank", ranks.device
     return Entry(
-        state=_state(bank, task.entry, ranks.device, _stamp(bank, task.entry)),
+        state=_state.read(
+            bank / f"{task.entry}.pt", device, lambda: _on(device, load_tensors(bank, task.entry))
+        ),
         model=trained_as.model,
         tokenizer_sha256=sha256_file(dataset.tokenizer_path),
-        hessians=hessians and _hessians(hessians, ranks.device, _stamp(hessians, HESSIANS_FILE)),
+        hessians=hessians
+        and _hessians.read(
+            hessians / f"{HESSIANS_FILE}.pt", device, lambda: load_hessians(hessians, device)
+        ),
         calibration_clock_s=hessians and read_json(hessians / "result.json")["clock_s"],
     )
 
 
-Stamp = tuple[int, int] | None
+class _Latest:
+    """The tensors that were read last; they go before others are read, and stay until then."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._tensors: dict[str, Tensor] = {}
+
+    def read(
+        self, path: Path, device: torch.device, read: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Return what `read` makes of a file; one that was written over is read anew."""
+        status = path.stat() if path.is_file() else None
+        key = path, device, status and (status.st_mtime_ns, status.st_size)
+        if key != self._key:
+            self._key, self._tensors = None, {}
+            self._tensors = read()
+            self._key = key
+        return self._tensors
 
 
-def _stamp(folder: Path, name: str) -> Stamp:
-    """What a file of tensors changes with: one that was written over is read anew."""
-    path = folder / f"{name}.pt"
-    if not path.is_file():
-        return None
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size
+_state = _Latest()
+_hessians = _Latest()
 
 
-@lru_cache(maxsize=1)  # as much memory as one final takes
-def _state(folder: Path, entry: str, device: torch.device, stamp: Stamp) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in load_tensors(folder, entry).items()}
-
-
-@lru_cache(maxsize=1)
-def _hessians(folder: Path, device: torch.device, stamp: Stamp) -> dict[str, Tensor]:
-    return load_hessians(folder, device)
+def _on(device: torch.device, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def make_room(folder: Path) -> Path:

@@ -162,8 +162,9 @@ def check_vocabulary(task: TrainTask, dataset: Dataset) -> None:
 def check_parity(training: Path, dataset: Dataset, folder: Path, ranks: Ranks) -> ParityResult:
     """Repeat the trainer's own end-of-run score from the bank on disk, in this process."""
     task, trained = load_training(training)
-    kernels = kernels_of(task.train.attention, ranks.device, "train.attention")
-    model = build(task.model, dtype=task.train.dtype, kernels=kernels)
+    dtype = task.train.dtype
+    kernels = kernels_of(task.train.attention, ranks.device, dtype, "train.attention")
+    model = build(task.model, dtype=dtype, kernels=kernels)
     load_state(model, load_tensors(training / "bank", trained.parity_entry))
     spec = EvaluateSpec(window=task.parity_window, stride=task.parity_window)
     fresh = score_text(model.to(ranks.device), val_text(dataset), spec, ranks).score.val_bpb

@@ -87,7 +87,7 @@ def score_state(
     journal: Journal | None = None,
 ) -> Scored:
     """Score a text with a fresh model of this state."""
-    kernels = kernels_of(evaluate.attention, ranks.device, "evaluate.attention")
+    kernels = kernels_of(evaluate.attention, ranks.device, dtype, "evaluate.attention")
     model = build(spec, dtype=dtype, kernels=kernels)
     load_state(model, dict(state))
     return score_text(model.to(ranks.device), text, evaluate, ranks, journal=journal)

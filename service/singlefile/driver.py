@@ -86,7 +86,8 @@ def _require_all(ranks: Ranks, *, takes_any: bool) -> None:
             f"`torchrun --standalone --nproc_per_node={WORLD_SIZE}`, or add --any-workers"
         )
     if FINAL.evaluate.attention is not None:
-        at_hand(FINAL.evaluate.attention, ranks.device, "evaluate.attention")
+        named, dtype = FINAL.evaluate.attention, TRAIN.train.dtype
+        at_hand(named, ranks.device, dtype, "evaluate.attention")
     kind = FINAL.final.compress
     compress(b"", BESIDE if isinstance(kind, RangeCoder) else kind)  # fails where it is missing
 

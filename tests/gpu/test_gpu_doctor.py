@@ -45,7 +45,7 @@ def test_an_attention_that_keeps_documents_apart_is_run_as_it_trains() -> None:
 
 
 def test_a_package_keeps_documents_apart_or_is_refused() -> None:
-    why = lacking("flash_attn_4", torch.device("cuda"))
+    why = lacking("flash_attn_4", torch.device("cuda"), "bfloat16")
     if why is not None:
         pytest.skip(why)
     kernel = Kernel("train.attention", AttentionKernel("flash_attn_4"))

@@ -33,7 +33,7 @@ SPECS = {"flat": FLAT, "documents": replace(FLAT, documents=Documents(bos=1))}
 
 def model_of(name="torch"):
     heads = Attention(num_heads=4, num_kv_heads=2, rope=Rope(dims=16), q_gain=QGain())
-    kernels = kernels_of(AttentionKernel(name=name), CUDA, "evaluate.attention")
+    kernels = kernels_of(AttentionKernel(name=name), CUDA, "bfloat16", "evaluate.attention")
     spec = tiny.full_model(dim=256, vocab_size=1024, attention=heads)
     built = build(spec, seed=0, dtype="bfloat16", kernels=kernels)
     generator = torch.Generator().manual_seed(0)
@@ -63,7 +63,7 @@ def mean_gap(found, other):
 @pytest.mark.parametrize("kernel", ["torch", "cudnn", "flash"])
 @pytest.mark.parametrize("name", SPECS)
 def test_compiled_scores_are_the_eager_ones_rounded_less_often(name, kernel):
-    if why := lacking(kernel, CUDA):
+    if why := lacking(kernel, CUDA, "bfloat16"):
         pytest.skip(why)
     model, spec = model_of(kernel), SPECS[name]
     state = {name: tensor.float() for name, tensor in model.state_dict().items()}

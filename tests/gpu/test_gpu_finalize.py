@@ -86,6 +86,28 @@ def test_the_kernel_leaves_what_its_plain_twin_leaves(columns, rows, bits, symme
     assert not q[own == 0].any()
 
 
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (4, True), (6, True), (8, False)])
+def test_where_every_sum_is_exact_the_kernel_leaves_the_same_bits(bits, symmetric):
+    generator = torch.Generator().manual_seed(bits)
+
+    def eighths(most, *shape):
+        return torch.randint(-most, most + 1, shape, generator=generator).float() / 8
+
+    own, mix = eighths(40, 96, 1001), eighths(4, 96, 96).triu(1)
+    aim, scale = own + eighths(8, 96, 1001), 2.0 ** -torch.arange(1001).remainder(4)
+    left = []
+    for device, walk in ((CUDA, walk_on(CUDA)), (torch.device("cpu"), walk_block)):
+        there, lost, mixed, unit = (x.clone().to(device) for x in (own, aim, mix, scale))
+        q = torch.empty_like(there, dtype=torch.int8)
+        walk(there, lost, mixed, unit, q, bits, symmetric=symmetric)
+        left.append((lost.cpu(), q.cpu()))
+
+    (lost, q), (expected, plain) = left
+
+    assert torch.equal(q, plain)
+    assert torch.equal(lost, expected)
+
+
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("block", [1, 48, 128, 600])
 def test_rounding_by_a_hessian_equals_that_on_the_cpu(act_order, block):

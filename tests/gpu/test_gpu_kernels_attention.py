@@ -36,7 +36,7 @@ def apart(found, expected):
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_back_end_is_the_plain_attention(name, is_compiled, shape):
-    why = lacking(name, torch.device("cuda", 0))
+    why = lacking(name, torch.device("cuda", 0), "bfloat16")
     if why:
         pytest.skip(why)
     batch, num_tokens, heads, kv_heads, width = shape

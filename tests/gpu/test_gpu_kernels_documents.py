@@ -25,7 +25,7 @@ SHARES = [0.0, 0.004, 0.05, 1.0]
 
 @pytest.fixture(params=APART)
 def name(request):
-    why = lacking(request.param, torch.device("cuda", 0))
+    why = lacking(request.param, torch.device("cuda", 0), "bfloat16")
     if why:
         pytest.skip(why)
     return request.param
@@ -104,8 +104,10 @@ def test_a_compiled_model_is_built_once_whatever_the_number_of_documents(name, f
     spec = full_model(dim=256, attention=Attention(num_heads=4, num_kv_heads=2))
     documents, cuda = Documents(bos=BOS), torch.device("cuda", 0)
     chosen = AttentionKernel(name=name)
-    kernels = kernels_of(chosen, cuda, "train.attention", fused=fused, documents=documents)
-    plain = kernels_of(None, cuda, "train.attention", documents=documents)
+    kernels = kernels_of(
+        chosen, cuda, "bfloat16", "train.attention", fused=fused, documents=documents
+    )
+    plain = kernels_of(None, cuda, "bfloat16", "train.attention", documents=documents)
     ours, theirs = (
         build(spec, seed=5, dtype="bfloat16", kernels=each).cuda() for each in (kernels, plain)
     )

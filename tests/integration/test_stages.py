@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from service.tasks import run_final
 from tests import tiny
@@ -17,8 +19,10 @@ from trainer.artifacts import Entry, open_entry
 from trainer.codec import dump, parse
 from trainer.data.shards import load_dataset
 from trainer.errors import DataError
+from trainer.finalize.hessians import load_hessians, save_hessians
 from trainer.run import train
 from trainer.runtime.distributed import Ranks
+from trainer.runtime.tensors import load_tensors, save_tensors
 from trainer.specs.task import FinalTask, artifact_task, final_task, train_task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,10 +123,27 @@ def test_finals_in_one_process_share_the_bank_until_its_file_changes(home: Path)
     assert two.hessians is not None
     for first, second in ((one.state, two.state), (one.hessians, two.hessians)):
         assert all(second[name] is tensor for name, tensor in first.items())
+    bank, hessians = store / "trainings/t0/bank", store / "hessians/h0"
+    as_written = load_tensors(bank, task.entry), load_hessians(hessians, torch.device("cpu"))
+    run_final(job(home, "f1") | {"artifact": "a1"})
+    assert_same(opened(), *as_written)
+    save_tensors(bank, {task.entry: _doubled(as_written[0])})
+    save_hessians(hessians, _doubled(as_written[1]))
+    assert_same(opened(), *map(_doubled, as_written))
     file = store / f"trainings/t0/bank/{task.entry}.pt"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(DataError, match=f"{task.entry}.pt: altered"):
         opened()
+
+
+def assert_same(entry: Entry, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> None:
+    assert entry.hessians is not None
+    torch.testing.assert_close(dict(entry.state), state, rtol=0, atol=0)
+    torch.testing.assert_close(dict(entry.hessians), hessians, rtol=0, atol=0)
+
+
+def _doubled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: 2 * tensor for name, tensor in tensors.items()}
 
 
 def test_the_seconds_that_calibration_reads_training_text_are_recorded(home: Path) -> None:

@@ -115,6 +115,19 @@ def test_texts_of_all_lengths_share_one_graph_which_other_weights_use_too(model)
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_process_that_scores_one_model_after_another_never_has_too_many_graphs(
+    model, monkeypatch
+):
+    monkeypatch.setattr("trainer.evaluate.compiled._MOST_GRAPHS", 2)
+    specs = [replace(COMPILED, window=window) for window in (16, 20, 24, 16)]
+
+    for spec in specs:
+        found = scored(model, spec)
+
+        plain = scored(model, replace(spec, compile=False))
+        assert np.abs(found.losses - plain.losses).max() < 1e-5
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_the_ranks_shares_are_the_scores_of_one_to_the_bit(model, world_size):
     whole = scored(model, COMPILED)

@@ -19,15 +19,25 @@ TOKENS = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(3))
 
 
 def test_without_a_spec_torch_chooses():
-    assert at_hand(None, CPU, "train.attention") == "torch"
-    assert kernels_of(None, CPU, "train.attention") == PLAIN
+    assert at_hand(None, CPU, "bfloat16", "train.attention") == "torch"
+    assert kernels_of(None, CPU, "bfloat16", "train.attention") == PLAIN
     assert attention_of("torch") is attend
 
 
 @pytest.mark.parametrize("name", ["cudnn", "flash", "flash_attn_4", "flash_attn_3", "flash_attn_2"])
 def test_a_kernel_for_gpus_is_refused_on_a_cpu_by_its_field(name):
     with pytest.raises(UsageError, match=f"train.attention.name={name}: .*CUDA"):
-        at_hand(AttentionKernel(name=name), CPU, "train.attention")
+        at_hand(AttentionKernel(name=name), CPU, "bfloat16", "train.attention")
+
+
+def test_a_kernel_for_half_precision_leaves_a_float32_model_to_its_substitute(hopper):
+    kernel = AttentionKernel(name="cudnn", substitute="torch")
+    device = torch.device("cuda")
+
+    assert at_hand(kernel, device, "bfloat16", "evaluate.attention") == "cudnn"
+    assert at_hand(kernel, device, "float32", "evaluate.attention") == "torch"
+    with pytest.raises(UsageError, match=r"^evaluate.attention.name=cudnn: it needs bfloat16, thi"):
+        at_hand(replace(kernel, substitute=None), device, "float32", "evaluate.attention")
 
 
 @pytest.fixture
@@ -45,9 +55,11 @@ def test_one_flash_attention_is_not_taken_for_another_whose_folder_it_has(hopper
     (broken / "__init__.py").touch()
     kernel = AttentionKernel(name="flash_attn_4", substitute="cudnn")
 
-    assert at_hand(kernel, torch.device("cuda"), "train.attention") == "cudnn"
+    assert at_hand(kernel, torch.device("cuda"), "bfloat16", "train.attention") == "cudnn"
     with pytest.raises(UsageError, match=r'flash-attn-4 is not installed; pip install -e "\.\[fa4'):
-        at_hand(replace(kernel, substitute=None), torch.device("cuda"), "train.attention")
+        at_hand(
+            replace(kernel, substitute=None), torch.device("cuda"), "bfloat16", "train.attention"
+        )
 
 
 def test_a_package_that_cannot_be_imported_is_named_with_its_fault(hopper):
@@ -55,28 +67,28 @@ def test_a_package_that_cannot_be_imported_is_named_with_its_fault(hopper):
     kernel = AttentionKernel(name="flash_attn_3")
 
     with pytest.raises(UsageError, match=r"^train.attention: flash_attn_3 .*undefined symbol: x"):
-        kernels_of(kernel, torch.device("cuda"), "train.attention")
+        kernels_of(kernel, torch.device("cuda"), "bfloat16", "train.attention")
 
 
 def test_own_kernels_need_triton_on_a_gpu_alone(hopper, monkeypatch):
     monkeypatch.setattr("trainer.kernels.chosen.find_spec", lambda name: None)
 
-    assert kernels_of(None, CPU, "train.attention", fused=True).fused
+    assert kernels_of(None, CPU, "bfloat16", "train.attention", fused=True).fused
     with pytest.raises(UsageError, match=r"^train.fused: triton is not installed"):
-        kernels_of(None, torch.device("cuda"), "train.attention", fused=True)
+        kernels_of(None, torch.device("cuda"), "bfloat16", "train.attention", fused=True)
 
 
 def test_a_named_substitute_stands_in_for_what_is_missing():
     kernel = AttentionKernel(name="flash_attn_4", substitute="torch")
 
-    assert at_hand(kernel, CPU, "train.attention") == "torch"
+    assert at_hand(kernel, CPU, "bfloat16", "train.attention") == "torch"
 
 
 def test_a_substitute_that_cannot_run_either_is_refused_with_both_reasons():
     kernel = AttentionKernel(name="flash_attn_4", substitute="cudnn")
 
     with pytest.raises(UsageError, match=r"name=flash_attn_4: .*substitute=cudnn: .*CUDA"):
-        at_hand(kernel, CPU, "evaluate.attention")
+        at_hand(kernel, CPU, "bfloat16", "evaluate.attention")
 
 
 def test_a_substitute_is_another_one():

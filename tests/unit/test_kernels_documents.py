@@ -53,7 +53,7 @@ def text(*lengths, seed=3):
 
 
 def model_of(spec, *, documents=APART, fused=False):
-    kernels = kernels_of(None, CPU, "train.attention", fused=fused, documents=documents)
+    kernels = kernels_of(None, CPU, "float32", "train.attention", fused=fused, documents=documents)
     model = build(spec, seed=5, kernels=kernels)
     for parameter in model.parameters():  # what starts at zero would hide what reaches it
         parameter.data += 0.02 * draw(*parameter.shape, seed=parameter.numel())
@@ -269,8 +269,8 @@ def test_a_kernel_that_cannot_keep_documents_apart_is_refused_beside_them(name, 
 
 
 def test_a_back_end_that_cannot_is_refused_where_it_is_chosen(monkeypatch):
-    monkeypatch.setattr("trainer.kernels.attention.lacking", lambda name, device: None)
-    given = AttentionKernel(name="cudnn"), CPU, "train.attention"
+    monkeypatch.setattr("trainer.kernels.attention.lacking", lambda *given: None)
+    given = AttentionKernel(name="cudnn"), CPU, "bfloat16", "train.attention"
 
     with pytest.raises(UsageError, match=r"train\.documents: cudnn .*set train\.attention\.name"):
         kernels_of(*given, documents=Documents())

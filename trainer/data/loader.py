@@ -62,7 +62,10 @@ class Loader:
             raise IndexError(f"step {step}, rank {rank} of {world_size}")
         num_rows = self.batch_sequences // world_size
         first = step * self.batch_sequences + rank * num_rows
-        rows = np.empty((num_rows, self._seq_len + 1), dtype=np.int64) if out is None else out
+        shape = num_rows, self._seq_len + 1
+        rows = np.empty(shape, dtype=np.int64) if out is None else out
+        if rows.shape != shape:
+            raise ValueError(f"out is {rows.shape}, the share is {shape}")
         done = 0
         for sequence, count in self._runs(first, first + num_rows):
             start = sequence * self._seq_len

@@ -12,6 +12,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from trainer.blueprint import Blueprint
 from trainer.evaluate.tape import Forward
 from trainer.evaluate.windows import Shape, Windows, batches, shape_of
 from trainer.model.gpt import GPT
@@ -19,8 +20,9 @@ from trainer.model.gpt import GPT
 logger = logging.getLogger(__name__)
 
 EAGER_COST = 2.5  # of a token, over a compiled one: PR #414's model, one H200, bfloat16
-# torch refuses a ninth graph of one forward; a process may score with more shapes than that.
+# torch refuses a ninth graph of one forward; models of one plan may differ in dtype and kernels.
 _MOST_GRAPHS = 64
+_compiled_for: tuple[Blueprint, Shape] | None = None
 
 
 def common_shape(plan: Windows, size: int) -> Shape:
@@ -49,6 +51,7 @@ class Compiled:
         if not self._is_cold:
             return self._graph(tokens, targets, width)
         self._is_cold = False
+        _forget_graphs_of_others((self.model.plan, self.shape))
         started = time.monotonic()
         with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS):
             losses = self._graph(tokens, targets, width)
@@ -58,3 +61,12 @@ class Compiled:
             time.monotonic() - started,
         )
         return losses
+
+
+def _forget_graphs_of_others(own: tuple[Blueprint, Shape]) -> None:
+    """Drop a process's graphs where the last ones were of another model or shape: a worker scores
+    one final after another, and too many graphs of one forward end in a refusal."""
+    global _compiled_for
+    if _compiled_for not in (None, own):
+        torch._dynamo.reset()
+    _compiled_for = own

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import DataError, UsageError
+from trainer.kernels.chosen import require_triton
 from trainer.quant import dequantize_rows, quantize_rows
 from trainer.sizes import TensorSize
 from trainer.specs.final import Gptq
@@ -131,6 +132,7 @@ def round_rows(
 
 def walk_on(device: torch.device) -> Callable[..., None]:
     """Return the walk over a block's columns for a device: `walk_block` or its fast twin."""
+    require_triton(device, "final.quantize.gptq", "quantize on a CPU")
     if device.type == "cuda":
         from trainer.finalize.gptq_triton import walk_block_triton
 

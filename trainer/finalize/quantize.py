@@ -68,10 +68,11 @@ def quantize_tensors(
     """Compute the stored form of every tensor of a state, whose list is the model's.
 
     Hessians are those of `trainer.finalize.hessians`; a matrix that has none is rounded to nearest.
-    All of it runs on the device of the Hessians, or of the state where there are none; what is
-    stored lies on the CPU. DataError names a tensor that is in one of state and list only or that
-    does not fit its form, UsageError a layer of `float16_keys` without a key projection, or a
-    Hessian that is missing or another matrix's.
+    All of it but the low-rank repair runs on the device of the Hessians, or of the state where
+    there are none; what is stored lies on the CPU. A GPU sums in another order: candidates which
+    tie on a CPU may not, and a weight between two steps may fall to the other side. DataError names
+    a tensor that is in one of state and list only or that does not fit its form, UsageError a layer
+    of `float16_keys` without a key projection, or a Hessian that is missing or another matrix's.
     """
     names = {tensor.name for tensor in tensors}
     for name in sorted(state.keys() ^ names):

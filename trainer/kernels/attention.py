@@ -78,12 +78,14 @@ PACKAGES: dict[str, _Package] = {
 }
 
 
-def lacking(name: Backend, device: torch.device) -> str | None:
-    """Say why a back end cannot run on a device, None where nothing speaks against it."""
+def lacking(name: Backend, device: torch.device, dtype: str) -> str | None:
+    """Say why a back end cannot run on a device in a dtype, None where nothing is against it."""
     if name == "torch":
         return None
     if device.type != "cuda":
         return f"it needs a CUDA device, this is a {device.type}"
+    if dtype != "bfloat16":
+        return f"it needs bfloat16, this model computes in {dtype}"
     package = PACKAGES.get(name)
     if package is None:
         return None
@@ -96,19 +98,22 @@ def lacking(name: Backend, device: torch.device) -> str | None:
     return None
 
 
-def at_hand(kernel: AttentionKernel | None, device: torch.device, field: str) -> Backend:
-    """Return the back end that a spec gets on a device: its first choice or its substitute.
+def at_hand(
+    kernel: AttentionKernel | None, device: torch.device, dtype: str, field: str
+) -> Backend:
+    """Return the back end that a spec gets on a device for a model of a dtype: its first choice or
+    its substitute.
 
     UsageError, naming the spec's `field`, where neither can run.
     """
     if kernel is None:
         return "torch"
-    why = lacking(kernel.name, device)
+    why = lacking(kernel.name, device, dtype)
     if why is None:
         return kernel.name
     if kernel.substitute is None:
         raise UsageError(f"{field}.name={kernel.name}: {why}; or set {field}.substitute=torch")
-    also = lacking(kernel.substitute, device)
+    also = lacking(kernel.substitute, device, dtype)
     if also is not None:
         raise UsageError(
             f"{field}.name={kernel.name}: {why}; {field}.substitute={kernel.substitute}: {also}"

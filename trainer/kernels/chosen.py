@@ -30,16 +30,17 @@ PLAIN = Kernels()
 def kernels_of(
     attention: AttentionKernel | None,
     device: torch.device,
+    dtype: str,
     field: str,
     *,
     fused: bool = False,
     documents: Documents | None = None,
 ) -> Kernels:
-    """The kernels that a spec gets on a device; UsageError, naming its `field`, for what is not
-    to be had there."""
+    """The kernels that a spec gets on a device for a model of a dtype; UsageError, naming its
+    `field`, for what is not to be had there."""
     if fused:
-        check_fused(device)
-    name = at_hand(attention, device, field)
+        require_triton(device, "train.fused", "set train.fused=false")
+    name = at_hand(attention, device, dtype, field)
     try:
         within = None if documents is None else within_of(name, documents, field)
         return Kernels(attention_of(name), fused, within)
@@ -49,12 +50,10 @@ def kernels_of(
         ) from error
 
 
-def check_fused(device: torch.device) -> None:
-    """UsageError where our own kernels, which a CUDA device takes in Triton, have no Triton."""
+def require_triton(device: torch.device, field: str, instead: str) -> None:
+    """UsageError, naming `field`, where our own kernels are to run on a CUDA device, without it."""
     if device.type == "cuda" and find_spec("triton") is None:
-        raise UsageError(
-            "train.fused: triton is not installed; install it or set train.fused=false"
-        )
+        raise UsageError(f"{field}: triton is not installed; install it or {instead}")
 
 
 def within_of(name: Backend, documents: Documents, field: str) -> Within:

@@ -35,6 +35,7 @@ class TrainState:
         kernels = kernels_of(
             spec.attention,
             ranks.device,
+            spec.dtype,
             "train.attention",
             fused=spec.fused,
             documents=spec.documents,

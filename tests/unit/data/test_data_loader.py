@@ -74,6 +74,8 @@ def test_rows_can_be_read_into_memory_that_is_there(stream):
     loader.rows(3, 1, 2, out)
 
     assert out.tolist() == loader.rows(3)[2:].tolist()
+    with pytest.raises(ValueError, match=r"out is \(4, 11\), the share is \(2, 11\)"):
+        loader.rows(3, 1, 2, np.zeros((4, 11), dtype=np.int64))
 
 
 def test_neighbours_in_the_stream_are_read_at_once(stream, monkeypatch):

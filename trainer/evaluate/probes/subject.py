@@ -68,7 +68,10 @@ def make_subject(
     spec: EvaluateSpec,
     ranks: Ranks,
 ) -> Subject:
-    """Take an evaluator and an artifact's float32 state; lawfulness is no matter of the dtype."""
+    """Take an evaluator and an artifact's float32 state; lawfulness is no matter of the dtype.
+
+    Neither the attention that the spec names nor a compiled graph is under test here.
+    """
     built = build(model)
     load_state(built, dict(state))
     return Subject(evaluator, built.to(ranks.device).eval(), _shrunk(spec), ranks)
