@@ -91,7 +91,7 @@ class World:
 
     def kernel(self, field: str) -> Value:
         """What a model may be built to compute with; a training's kernels or those of a score."""
-        if field == "fused" and not self.train.train.fused:
+        if field in ("fused", "mlp") and not self.train.train.fused:
             return truths([False])
         if field == "within" and self.train.train.documents is None:
             return NONE

@@ -182,9 +182,13 @@ def test_rows_read_ahead_are_the_loaders(tiny_dataset, ranks, order):
     task = train_task(tiny.recipe({"train.order": order, "train.micro_batch_tokens": 64}))
     runner = StepRunner(task, tiny_dataset, TrainState(task, ranks, Clock()), ranks)
 
+    steps = (0, 1, 2, 7, 8, 0)
     with closing(runner):
-        for step in (0, 1, 2, 7, 8, 0):
-            rows = torch.cat(runner._micros(step))
+        torch.cuda._sleep(
+            1_000_000_000
+        )  # cycles that the copies wait behind, while reading goes on
+        taken = [torch.cat(runner._micros(step)) for step in steps]
+        for step, rows in zip(steps, taken, strict=True):
             assert rows.is_cuda
             assert rows.tolist() == runner.loader.rows(step).tolist()
 

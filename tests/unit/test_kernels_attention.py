@@ -78,6 +78,35 @@ def test_own_kernels_need_triton_on_a_gpu_alone(hopper, monkeypatch):
         kernels_of(None, torch.device("cuda"), "bfloat16", "train.attention", fused=True)
 
 
+def test_the_mlp_has_a_kernel_on_hopper_in_bfloat16_and_its_twin_on_a_cpu(hopper, monkeypatch):
+    monkeypatch.setattr("trainer.kernels.chosen.find_spec", lambda name: True)
+
+    def has(device, dtype="bfloat16"):
+        return kernels_of(None, torch.device(device), dtype, "train.attention", fused=True).mlp
+
+    assert (has("cpu"), has("cpu", "float32"), has("cuda")) == (True, True, True)
+    assert not has("cuda", "float32")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert not has("cuda")
+
+
+def test_a_loss_over_more_tokens_than_its_kernel_holds_is_the_plain_one(monkeypatch):
+    def refuse(*given):
+        raise AssertionError("the twin of the kernel is slower than the plain loss")
+
+    monkeypatch.setattr("trainer.model.gpt.capped_loss", refuse)
+    monkeypatch.setattr("trainer.model.gpt.WIDEST", full_model().vocab_size - 1)
+
+    fused, _ = trained_once(full_model(), fused=True)
+
+    torch.testing.assert_close(fused, trained_once(full_model(), fused=False)[0])
+
+
+def test_torch_which_runs_everywhere_takes_no_substitute():
+    with pytest.raises(ValueError, match="leave out substitute=cudnn"):
+        AttentionKernel(substitute="cudnn")
+
+
 def test_a_named_substitute_stands_in_for_what_is_missing():
     kernel = AttentionKernel(name="flash_attn_4", substitute="torch")
 
@@ -107,7 +136,7 @@ def test_kernels_for_half_precision_are_refused_for_a_float32_training():
 
 def trained_once(spec, *, fused, dtype="float32"):
     """The losses of one batch and every gradient."""
-    model = build(spec, seed=5, dtype=dtype, kernels=replace(PLAIN, fused=fused))
+    model = build(spec, seed=5, dtype=dtype, kernels=replace(PLAIN, fused=fused, mlp=fused))
     for parameter in model.parameters():  # what starts at zero would hide what reaches it
         parameter.data += 0.02 * torch.randn(
             parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
@@ -139,7 +168,8 @@ def test_a_fused_model_has_the_plain_ones_losses_and_gradients(name):
 
 
 def test_a_fused_model_scores_as_the_plain_one_to_the_last_bit():
-    models = [build(full_model(), seed=5, kernels=replace(PLAIN, fused=on)) for on in (False, True)]
+    kernels = [replace(PLAIN, fused=on, mlp=on) for on in (False, True)]
+    models = [build(full_model(), seed=5, kernels=each) for each in kernels]
 
     plain, fused = (model.eval()(TOKENS[:, :-1], TOKENS[:, 1:]) for model in models)
 

@@ -67,6 +67,7 @@ def test_an_untrained_model_is_scored_once(tiny_dataset, tmp_path):
         {"train__seed": 7},
         {"model__num_layers": 3},
         {"train__dtype": "bfloat16"},
+        {"train__attention": {"name": "torch"}},
         {"evaluate__window": 16, "evaluate__stride": 8},
     ],
 )

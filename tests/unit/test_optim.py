@@ -293,6 +293,25 @@ def test_a_state_is_loaded_into_the_tensors_that_there_are():
     assert all(torch.equal(one, other) for one, other in zip(after, values, strict=True))
 
 
+def test_a_state_that_was_saved_on_another_kind_of_device_goes_on_as_this_ones():
+    straight, resumed = (build(tiny.full_model(), seed=0) for _ in range(2))
+    ahead, first = (Optimizers(model, specs.Optimizer()) for model in (straight, resumed))
+    take_steps(straight, ahead, 0, 4)
+    take_steps(resumed, first, 0, 2)
+    saved = copy.deepcopy(first.state_dict())
+    for group in (saved[role]["param_groups"][0] for role in ("embed", "scalar")):
+        group["fused"] = True  # as on a GPU
+
+    second = Optimizers(resumed, specs.Optimizer())
+    second.load_state_dict(saved)
+    take_steps(resumed, second, 2, 4)
+
+    groups = [group for each in second.by_role.values() for group in each.param_groups]
+    assert not any(group.get("fused") for group in groups)
+    pairs = zip(straight.parameters(), resumed.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
 def test_steps_that_are_rolled_back_to_a_fresh_optimizer_leave_no_trace():
     rolled, fresh = (build(tiny.full_model(), seed=0) for _ in range(2))
     ahead, first = (Optimizers(model, specs.Optimizer()) for model in (rolled, fresh))

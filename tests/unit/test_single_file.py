@@ -116,6 +116,13 @@ def test_a_recipe_that_names_no_kernel_has_none(pr414: Written) -> None:
     assert "flash_attn" not in pr414.source.replace(BACKENDS, "")
 
 
+@pytest.mark.parametrize("name", ["pr414-one-h200", "pr610-one-h200"])
+def test_a_recipe_for_a_gpu_can_be_cut(tmp_path: Path, name: str) -> None:
+    file = written(shipped(name), tmp_path)
+
+    assert {"Compiled", "relu2_mlp", "attend_flash_attn_4", "attend_cudnn"} <= file.names
+
+
 def test_a_fused_recipe_has_the_kernels_and_their_plain_twins(tmp_path: Path) -> None:
     file = written(tiny.recipe({"train.fused": True}), tmp_path)
 

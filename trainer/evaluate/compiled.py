@@ -22,7 +22,23 @@ logger = logging.getLogger(__name__)
 EAGER_COST = 2.5  # of a token, over a compiled one: PR #414's model, one H200, bfloat16
 # torch refuses a ninth graph of one forward; models of one plan may differ in dtype and kernels.
 _MOST_GRAPHS = 64
-_compiled_for: tuple[Blueprint, Shape] | None = None
+
+
+class _Graphs:
+    """The graphs of a process, which scores one final after another: those of one model and shape,
+    because too many of one forward end in a refusal."""
+
+    def __init__(self) -> None:
+        self._of: tuple[Blueprint, Shape] | None = None
+
+    def keep_those_of(self, plan: Blueprint, shape: Shape) -> None:
+        """Drop all graphs where the last ones were of another model or shape."""
+        if self._of not in (None, (plan, shape)):
+            torch._dynamo.reset()
+        self._of = plan, shape
+
+
+_graphs = _Graphs()
 
 
 def common_shape(plan: Windows, size: int) -> Shape:
@@ -51,7 +67,7 @@ class Compiled:
         if not self._is_cold:
             return self._graph(tokens, targets, width)
         self._is_cold = False
-        _forget_graphs_of_others((self.model.plan, self.shape))
+        _graphs.keep_those_of(self.model.plan, self.shape)
         started = time.monotonic()
         with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS):
             losses = self._graph(tokens, targets, width)
@@ -61,12 +77,3 @@ class Compiled:
             time.monotonic() - started,
         )
         return losses
-
-
-def _forget_graphs_of_others(own: tuple[Blueprint, Shape]) -> None:
-    """Drop a process's graphs where the last ones were of another model or shape: a worker scores
-    one final after another, and too many graphs of one forward end in a refusal."""
-    global _compiled_for
-    if _compiled_for not in (None, own):
-        torch._dynamo.reset()
-    _compiled_for = own

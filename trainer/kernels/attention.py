@@ -87,11 +87,12 @@ def lacking(name: Backend, device: torch.device, dtype: str) -> str | None:
     if dtype != "bfloat16":
         return f"it needs bfloat16, this model computes in {dtype}"
     package = PACKAGES.get(name)
+    capability = 8 if package is None else package.capability
+    if torch.cuda.get_device_capability(device)[0] < capability:
+        return f"it needs a GPU of compute capability {capability}.0 or newer"
     if package is None:
         return None
-    if torch.cuda.get_device_capability(device)[0] < package.capability:
-        return f"it needs a GPU of compute capability {package.capability}.0 or newer"
-    if _has("flash-attn") and _has("flash-attn-4"):
+    if name != "flash_attn_3" and _has("flash-attn") and _has("flash-attn-4"):
         return "flash-attn and flash-attn-4 overwrite each other's files; uninstall both, then one"
     if not (_has(package.distribution) or (package.module and find_spec(package.module))):
         return f"{package.distribution} is not installed; {package.install}"

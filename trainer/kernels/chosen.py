@@ -9,6 +9,7 @@ import torch
 from trainer.errors import UsageError
 from trainer.kernels.attention import Attend, at_hand, attend, attention_of
 from trainer.kernels.documents import Within, attend_within
+from trainer.kernels.mlp import takes_mlp
 from trainer.kernels.varlen import package_of, within_by
 from trainer.specs.documents import Documents
 from trainer.specs.kernels import APART, AttentionKernel, Backend
@@ -17,10 +18,12 @@ from trainer.specs.kernels import APART, AttentionKernel, Backend
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """attend: the attention. fused: whether a training computes what lies between the matrices by
-    our own kernels. within: the attention of a training that keeps documents apart."""
+    our own kernels. mlp: and the MLP's activation, too. within: the attention of a training that
+    keeps documents apart."""
 
     attend: Attend = attend
     fused: bool = False
+    mlp: bool = False
     within: Within | None = None
 
 
@@ -43,7 +46,7 @@ def kernels_of(
     name = at_hand(attention, device, dtype, field)
     try:
         within = None if documents is None else within_of(name, documents, field)
-        return Kernels(attention_of(name), fused, within)
+        return Kernels(attention_of(name), fused, fused and takes_mlp(device, dtype), within)
     except ImportError as error:  # installed, and for another torch
         raise UsageError(
             f"{field}: {name} cannot be imported ({error}); install it again or name another"

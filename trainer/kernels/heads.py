@@ -86,6 +86,8 @@ def _turn_heads(x: Tensor, gain: Tensor | None, cos: Tensor, sin: Tensor) -> Ten
 def _(x: Tensor, gain: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
     from trainer.kernels.heads_triton import triton_forward
 
+    if x.dtype == torch.float64:
+        return plain_forward(x, gain, cos, sin).contiguous()
     _check(x, gain, cos, sin)
     return triton_forward(x, gain, cos, sin)
 
@@ -109,6 +111,9 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     from trainer.kernels.heads_triton import triton_backward
 
+    if x.dtype == torch.float64:
+        d_x, d_gain = plain_backward(d_out, x, gain, cos, sin)
+        return d_x.contiguous(), d_gain
     return triton_backward(d_out, x, gain, cos, sin)
 
 

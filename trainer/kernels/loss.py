@@ -6,8 +6,8 @@ With z = cap · tanh(logits / cap), or the logits themselves without a cap, and 
 
 in float32 (float64 for float64 logits), whatever the dtype of the logits. The softcap is that of
 Gemma 2, arXiv 2408.00118; one pass before the cap is techniques 4.3, item 25. What is here is the
-plain twin and what runs on a CPU; a CUDA tensor takes the kernels of `loss_triton`, and the twin
-where the vocabulary is wider than a program of theirs.
+plain twin and what runs on a CPU; a CUDA tensor takes the kernels of `loss_triton`. A model whose
+vocabulary is wider than a program of theirs keeps the plain loss, which torch.compile fuses.
 """
 
 import torch
@@ -74,7 +74,7 @@ def _backward(
     d *= grad.unsqueeze(-1)
     if cap is not None:
         d *= 1 - (z / cap).square()
-    return d.to(logits.dtype)
+    return d.to(logits.dtype).contiguous()
 
 
 @_backward.register_fake

@@ -6,9 +6,9 @@
 Without a slope leaky(u) = √h, so nothing but h is kept for the backward; with one u is, too. The
 activation: So et al., arXiv 2109.08668, and parameter-golf PR #549; fused both ways as techniques
 4.3, item 26. What is here is the plain twin and what runs on a CPU. On a CUDA device of compute
-capability 9 the two products that end in the activation are the kernel of `mlp_triton`; the other
-four are torch's, and all are on another device, in another dtype than bfloat16 and for widths that
-its loads cannot take.
+capability 9 the two products that end in the activation are the kernel of `mlp_triton`, the other
+four torch's. Another GPU, another dtype than bfloat16 and widths that its loads cannot take keep
+the plain MLP, which torch.compile fuses better than this twin.
 """
 
 import torch
@@ -17,6 +17,17 @@ from torch.nn import functional as F
 
 _LOADED_BYTES = 16
 """What the starts of a matrix and of its rows are a multiple of, for the loads of the kernel."""
+
+
+def takes_mlp(device: torch.device, dtype: str) -> bool:
+    """Whether an MLP is to be computed here on a device: by the kernel, or by its twin on a CPU."""
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return device.type == "cpu" or (is_hopper and dtype == "bfloat16")
+
+
+def fits_mlp(dim: int, hidden: int) -> bool:
+    """Whether the kernel's loads take matrices of these widths, in bfloat16."""
+    return all(2 * width % _LOADED_BYTES == 0 for width in (dim, hidden))
 
 
 def relu2_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
@@ -42,13 +53,8 @@ def _through(dh: Tensor, kept: Tensor, slope: float) -> Tensor:
 
 def _has_kernel(x: Tensor, width: int) -> bool:
     """Whether the fused product takes rows x [N, D] and a hidden width."""
-    return (
-        x.is_cuda
-        and x.dtype == torch.bfloat16
-        and x.numel() > 0
-        and all(side * x.itemsize % _LOADED_BYTES == 0 for side in (x.shape[-1], width))
-        and torch.cuda.get_device_capability(x.device)[0] == 9
-    )
+    is_taken = x.is_cuda and takes_mlp(x.device, str(x.dtype).removeprefix("torch."))
+    return is_taken and x.numel() > 0 and fits_mlp(x.shape[-1], width)
 
 
 def _aligned(x: Tensor) -> Tensor:

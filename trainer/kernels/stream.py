@@ -110,7 +110,8 @@ def _norm_stream(
 def _(x: Tensor, z: Tensor, weight: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
     from trainer.kernels.stream_triton import triton_forward
 
-    return triton_forward(*_contiguous(x, z, weight), factor)
+    run = plain_forward if x.dtype == torch.float64 else triton_forward
+    return run(*_contiguous(x, z, weight), factor)
 
 
 @_norm_stream.register_fake
@@ -129,7 +130,9 @@ def _norm_stream_backward(*given: Any) -> tuple[Tensor, ...]:
 def _(*given: Any) -> tuple[Tensor, ...]:
     from trainer.kernels.stream_triton import triton_backward
 
-    return triton_backward(*_unpacked(given))
+    grads, kept, *rest = _unpacked(given)
+    run = plain_backward if kept.dtype == torch.float64 else triton_backward
+    return run(grads, kept, *rest)
 
 
 @_norm_stream_backward.register_fake

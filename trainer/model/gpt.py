@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from trainer.blueprint import Blueprint
 from trainer.kernels.chosen import PLAIN, Kernels
-from trainer.kernels.loss import capped_loss
+from trainer.kernels.loss import WIDEST, capped_loss
 from trainer.model.attention import tail
 from trainer.model.block import Block
 from trainer.model.head import MultiTokenHeads, Softcap, TiedHead, UntiedHead
@@ -33,6 +33,7 @@ class GPT(nn.Module):
         spec, rope = plan.spec, plan.spec.attention.rope
         self.plan = plan
         self.fused, self.within = kernels.fused, kernels.within
+        self.fuses_loss = spec.vocab_size <= WIDEST
         self.steps = plan.steps
         self.embedding = Embedding(spec.vocab_size, spec.dim, spec.embedding.init_std)
         self.skips = _skips(plan)
@@ -119,7 +120,7 @@ class GPT(nn.Module):
         return self.mtp(losses, hidden, targets, self.softcap)
 
     def _losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        if self.fused and self.training:
+        if self.fused and self.fuses_loss and self.training:
             cap = getattr(self.softcap, "cap", None)
             return capped_loss(self.head(hidden, self.embedding.weight), targets, cap)
         return token_loss(self.logits(hidden), targets)

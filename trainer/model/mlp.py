@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from trainer.blueprint import Blueprint
 from trainer.kernels.chosen import Kernels
-from trainer.kernels.mlp import relu2_mlp
+from trainer.kernels.mlp import fits_mlp, relu2_mlp
 from trainer.model.linear import Absent, Linear
 from trainer.specs import model as specs
 
@@ -55,7 +55,8 @@ class Mlp(nn.Module):
     def __init__(self, plan: Blueprint, kernels: Kernels) -> None:
         super().__init__()
         activation = plan.spec.mlp.activation
-        self.fused = kernels.fused and not isinstance(activation, specs.ReluPower)
+        is_square = not isinstance(activation, specs.ReluPower)
+        self.fused = kernels.mlp and is_square and fits_mlp(plan.spec.dim, plan.mlp_dim)
         self.slope = getattr(activation, "slope", 0.0)
         self.up = Linear(plan.spec.dim, plan.mlp_dim)
         self.activation = ACTIVATIONS[type(activation)](activation)

@@ -64,9 +64,13 @@ class CapturedUpdate:
             for group in groups:
                 group["capturable"] = True
             # Only what this thread does is recorded and restricted: another reads batches.
+            device = self._rates[0].device
             with (
-                torch.cuda.device(self._rates[0].device),
-                torch.cuda.graph(graph, capture_error_mode="thread_local"),
+                torch.cuda.device(device),
+                # A stream of this device: torch's own is of the one that recorded first.
+                torch.cuda.graph(
+                    graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"
+                ),
             ):
                 self._apply()
         finally:

@@ -69,8 +69,10 @@ class Optimizers:
         """Take up a state. What tensors there are stay the same objects and are filled."""
         for role, optimizer in self.by_role.items():
             kept = dict(optimizer.state)
+            fused = [group.get("fused") for group in optimizer.param_groups]
             optimizer.load_state_dict(state[role])
             _refill(optimizer, kept)
+            _belong(optimizer, fused)
 
 
 def _apply(
@@ -97,6 +99,19 @@ def _refill(optimizer: torch.optim.Optimizer, kept: dict[Tensor, dict[str, Tenso
             else:
                 tensor.zero_()
             loaded[name] = tensor
+
+
+def _belong(optimizer: torch.optim.Optimizer, fused: list[bool | None]) -> None:
+    """Have a state that was saved on another kind of device go on as this one's: torch takes over
+    which kernel the groups were moved by, and where their steps were counted."""
+    for group, own in zip(optimizer.param_groups, fused, strict=True):
+        if own is None or group["fused"] == own:
+            continue
+        group["fused"] = own
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if "step" in state:
+                state["step"] = state["step"].to(parameter.device if own else "cpu")
 
 
 def _adamw(parameters: list[nn.Parameter], spec: specs.AdamW) -> torch.optim.AdamW:

@@ -26,3 +26,7 @@ class AttentionKernel:
             self.substitute != self.name,
             f"substitute={self.substitute} is what it would stand for; leave it out",
         )
+        require(
+            self.name != "torch" or self.substitute is None,
+            f"name=torch runs everywhere; leave out substitute={self.substitute}",
+        )

@@ -207,7 +207,8 @@ class TrainSpec:
     """Which implementation computes the attention; torch's choice when absent."""
     fused: bool = False
     """Whether what lies between the matrices is computed by our own kernels, in one pass each.
-    Rounds less often than the plain code; on a CPU they are the plain code."""
+    Rounds less often than the plain code; on a CPU they are the plain code. What has none stays
+    plain: gated MLPs, other GPUs' MLPs than Hopper's, a loss over more than 16,384 tokens."""
     documents: Documents | None = None
     """Keeps attention inside each document of a row; a smear or hashed n-grams may still look a
     token back across its `bos`. Validation and parity read across, as ever: the score that

@@ -19,7 +19,8 @@ def graphs_built() -> int:
 def refuse_graphs_built_since(built: int, step: int, warmup_steps: int) -> None:
     """TrainingError if a graph was built since `built` was counted, in step `step`.
 
-    It says why, where torch tells: its time was charged to the training clock.
+    It says why, where torch tells: its time was charged to the training clock. A rank that raises
+    it alone ends the others by whoever started them, as any rank that dies.
     """
     more = graphs_built() - built
     if more <= 0:

@@ -26,8 +26,8 @@ class TrainState:
     """Weights, optimizer state, averages, QAT switch, step and clock. The loader needs only the
     step.
 
-    What has not begun to act leaves no trace in what is saved: a training that has it yet to come
-    and one that has it not save the same.
+    What has not begun to act leaves no trace in what is saved, but for zeros that an optimizer
+    begins with: a training that has it yet to come and one that has it not go on the same.
     """
 
     def __init__(self, task: TrainTask, ranks: Ranks, clock: Clock) -> None:

@@ -42,6 +42,7 @@ class Validator:
                 "model": self.task.model,
                 "seed": self.task.train.seed,
                 "dtype": self.task.train.dtype,
+                "attention": self.task.train.attention,
                 "window": self.task.parity_window,
                 "data": self.dataset.digest,
                 "world_size": self.ranks.world_size,
