@@ -10,7 +10,7 @@
                                   control.json: what the run under way is told; jobs/: a service's
                                   dirty-SHA256.diff: what the code had over its commit
       submissions/DIGEST/         sweep.yaml, the files it names, submission.json
-      compiled/                     what torch.compile has made; may be removed at any time
+      compiled/                   what torch.compile has made; may be removed at any time
       mlflow.db mlruns/           the embedded MLflow
       outbox.json                 how far behind its ledgers MLflow is
 

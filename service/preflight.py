@@ -166,7 +166,7 @@ def _kernel(sweep: Sweep, plan: Plan | None, machines: Sequence[Machine]) -> Ite
         detail = ", ".join(f"{host} has {name}" for name, host in found.items())
         fix = "install the same packages on every node, or name one that all have"
         yield Check("kernel", "fail", f"ranks would differ: {detail}", fix)
-    if asks_kernel(sweep, plan) and not answers:
+    if not answers and asks_kernel(sweep, plan):
         what = "require.attention is flash" if _requires_flash(sweep) else "a kernel is named"
         detail = f"{what}, and no machine was asked"
         yield Check("kernel", "warn", detail, "ask with `fairway doctor` while its GPUs are free")

@@ -97,13 +97,6 @@ def until(condition: Callable[[], Any]) -> Any:
     return found
 
 
-def assert_same_bits(one: dict[str, Any], other: dict[str, Any]) -> None:
-    assert list(one) == list(other)
-    for entry, tensors in one.items():
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, other[entry][name]), f"{entry} {name}"
-
-
 def workers() -> dict[int, int]:
     """Process ids of the live workers of this Ray, by their place in the table of actors."""
     actors = ray._private.state.actors(actor_state_name="ALIVE").values()

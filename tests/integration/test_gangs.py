@@ -14,7 +14,8 @@ from service import janitor
 from service.cluster import Where, cluster
 from service.gangs import GangPool
 from service.trials import call
-from tests.gang_desk import RESOURCES, Desk, assert_same_bits, open_pool, until, workers
+from tests.gang_desk import RESOURCES, Desk, open_pool, until, workers
+from tests.models import assert_same_bits
 from trainer.codec import dump
 from trainer.data.shards import Dataset
 from trainer.runtime.files import read_json, write_json

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.models import assert_same_banks, bank_of
 from tests.ticking import trainings_tick
 from trainer.codec import to_yaml
 from trainer.errors import TrainingError, UsageError
@@ -30,18 +31,6 @@ def task_of(**values):
     """Return the micro training; `a__b=1` stands for the path a.b."""
     paths = {path.replace("__", "."): value for path, value in values.items()}
     return train_task(tiny.recipe(paths))
-
-
-def bank_of(folder):
-    return {name: load_tensors(folder / "bank", name) for name in saved_names(folder / "bank")}
-
-
-def assert_same_bits(one, other):
-    ones, others = bank_of(one), bank_of(other)
-    assert list(ones) == list(others)
-    for entry, tensors in ones.items():
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, others[entry][name]), f"{entry} {name}"
 
 
 def journal_of(folder, series):
@@ -66,14 +55,14 @@ def straight(tiny_dataset, tmp_path_factory):
 def test_two_trainings_of_one_task_have_the_same_bits(straight, tiny_dataset, tmp_path):
     train(task_of(), tiny_dataset, tmp_path, ALONE)
 
-    assert_same_bits(straight[0], tmp_path)
+    assert_same_banks(straight[0], tmp_path)
 
 
 def test_another_seed_gives_other_weights(straight, tiny_dataset, tmp_path):
     train(task_of(train__seed=7), tiny_dataset, tmp_path, ALONE)
 
     with pytest.raises(AssertionError, match=r"^raw "):
-        assert_same_bits(straight[0], tmp_path)
+        assert_same_banks(straight[0], tmp_path)
 
 
 def test_a_training_leaves_a_bank_a_result_and_no_checkpoint(straight):
@@ -112,7 +101,7 @@ def test_the_journal_follows_the_schedule_of_the_recipe(straight):
 def test_warmup_steps_change_nothing(straight, tiny_dataset, tmp_path):
     result = train(task_of(train__warmup_steps=3), tiny_dataset, tmp_path, ALONE)
 
-    assert_same_bits(straight[0], tmp_path)
+    assert_same_banks(straight[0], tmp_path)
     assert result.clock_s["warmup"] > 0
 
 
@@ -121,7 +110,7 @@ def test_what_is_observed_changes_nothing(straight, tiny_dataset, tmp_path):
 
     train(task, tiny_dataset, tmp_path, ALONE)
 
-    assert_same_bits(straight[0], tmp_path)
+    assert_same_banks(straight[0], tmp_path)
     assert is_trained(task_of(), tiny_dataset, tmp_path, ALONE)
 
 
@@ -171,7 +160,7 @@ def test_a_training_killed_in_the_middle_resumes_to_the_same_bits(tiny_dataset, 
     resumed = train(train_task(recipe), tiny_dataset, killed, ALONE)
     train(train_task(recipe), tiny_dataset, tmp_path / "straight", ALONE)
     assert 0 < resumed.steps_computed < resumed.steps == 200
-    assert_same_bits(killed, tmp_path / "straight")
+    assert_same_banks(killed, tmp_path / "straight")
     assert list(journal_of(killed, "train/loss")) == list(range(2, 201, 2))
 
 
@@ -218,7 +207,7 @@ def test_a_damaged_checkpoint_falls_back_to_an_older_one(
 
     assert result.steps_computed == steps_computed
     assert result.untrained_val_bpb == straight[1].untrained_val_bpb
-    assert_same_bits(straight[0], folder)
+    assert_same_banks(straight[0], folder)
 
 
 def test_a_checkpoint_that_was_never_finished_is_passed_over(straight, interrupted, tiny_dataset):
@@ -226,7 +215,7 @@ def test_a_checkpoint_that_was_never_finished_is_passed_over(straight, interrupt
     (folder / "checkpoint" / "00000009" / "index.json").unlink()
 
     assert train(task, tiny_dataset, folder, ALONE).steps_computed == 6
-    assert_same_bits(straight[0], folder)
+    assert_same_banks(straight[0], folder)
 
 
 def test_another_tasks_checkpoint_is_not_resumed(interrupted, tiny_dataset, tmp_path_factory):
@@ -238,7 +227,7 @@ def test_another_tasks_checkpoint_is_not_resumed(interrupted, tiny_dataset, tmp_
 
     train(other, tiny_dataset, fresh, ALONE)
     assert result.steps_computed == 12
-    assert_same_bits(folder, fresh)
+    assert_same_banks(folder, fresh)
     assert journal_of(folder, "train/loss") == journal_of(fresh, "train/loss")
     assert is_trained(other, tiny_dataset, folder, ALONE)
     assert not is_trained(task, tiny_dataset, folder, ALONE)

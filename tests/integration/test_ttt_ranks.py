@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tests import tiny
+from tests.models import off_its_start
 from trainer.evaluate.evaluators import evaluate
 from trainer.evaluate.journal import Journal
 from trainer.evaluate.tape import Tape
@@ -44,12 +45,7 @@ RESUMED = {"sgd": 2, "phased": 2}
 
 
 def model_of():
-    built = build(tiny.full_model(), seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return built
+    return off_its_start(build(tiny.full_model(), seed=0))
 
 
 def text():

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import tiny
+from tests.models import off_its_start
 from tests.reference import sliding_reference as plain
 from trainer.data.bytecount import ByteTable
 from trainer.evaluate.sliding import plan_of, slide
@@ -29,11 +29,7 @@ GEOMETRIES = st.integers(1, 60).flatmap(
 @pytest.fixture(scope="module")
 def model():
     built = build(tiny.rich_model(), seed=0)  # its NTK rule binds beyond 6 tokens
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return built.eval()
+    return off_its_start(built).eval()
 
 
 @pytest.fixture(scope="module")

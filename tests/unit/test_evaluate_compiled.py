@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests import tiny
+from tests.models import off_its_start
 from trainer.evaluate.compiled import Compiled, common_shape
 from trainer.evaluate.journal import Journal, identity
 from trainer.evaluate.sliding import slide
@@ -55,12 +56,7 @@ class StopAt:
 
 @pytest.fixture(scope="module")
 def model():
-    built = build(tiny.bare_model(), seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return built
+    return off_its_start(build(tiny.bare_model(), seed=0))
 
 
 def text(num_predictions=140):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.models import off_its_start
 from trainer.errors import TrainingError
 from trainer.evaluate.evaluators import evaluate
 from trainer.evaluate.sliding import slide
@@ -36,12 +37,7 @@ SPECS = {
 
 @pytest.fixture(scope="module")
 def model():
-    built = build(tiny.full_model(), seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return built
+    return off_its_start(build(tiny.full_model(), seed=0))
 
 
 def text_of(num_tokens):

@@ -6,6 +6,7 @@ import torch
 
 from tests import golden_pr414 as golden
 from tests import tiny
+from tests.models import off_its_start
 from trainer.data.bytecount import ByteTable
 from trainer.evaluate.sliding import score_stream
 from trainer.model.build import build, load_state
@@ -74,12 +75,7 @@ def test_a_window_that_the_end_cuts_short_turns_positions_like_a_whole_one(
 @pytest.fixture(scope="module")
 def rich():
     """Every optional part, awake; its NTK rule binds beyond 6 tokens."""
-    built = build(tiny.rich_model(), seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return built.eval()
+    return off_its_start(build(tiny.rich_model(), seed=0)).eval()
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import tiny
+from tests.models import assert_same_banks
 from tests.tiny import full_model
 from trainer.codec import dump, parse
 from trainer.errors import UsageError
@@ -19,7 +20,6 @@ from trainer.kernels.varlen import Package, within_by
 from trainer.model.build import build
 from trainer.run import train
 from trainer.runtime.distributed import Ranks
-from trainer.runtime.tensors import load_tensors, saved_names
 from trainer.specs.documents import Documents
 from trainer.specs.kernels import AttentionKernel
 from trainer.specs.model import Attention, QGain, Rope, SharedKv, ValueEmbedding, Xsa
@@ -282,18 +282,6 @@ def test_a_bos_that_is_no_token_is_refused():
         train_task(tiny.recipe({"train.documents": {"bos": 320}}))
 
 
-def bank_of(folder):
-    return {name: load_tensors(folder / "bank", name) for name in saved_names(folder / "bank")}
-
-
-def assert_same_bits(one, other):
-    ones, others = bank_of(one), bank_of(other)
-    assert list(ones) == list(others)
-    for entry, tensors in ones.items():
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, others[entry][name]), f"{entry} {name}"
-
-
 def test_a_training_with_documents_apart_is_another_one_and_resumes_to_the_same_bits(
     tiny_dataset, tmp_path, monkeypatch
 ):
@@ -302,7 +290,7 @@ def test_a_training_with_documents_apart_is_another_one_and_resumes_to_the_same_
     for name, task in (("apart", apart), ("plain", plain)):
         train(task, tiny_dataset, tmp_path / name, Ranks())
     with pytest.raises(AssertionError, match="raw"):
-        assert_same_bits(tmp_path / "apart", tmp_path / "plain")
+        assert_same_banks(tmp_path / "apart", tmp_path / "plain")
 
     _die_once(monkeypatch, after=7)
     with pytest.raises(InterruptedError):
@@ -311,7 +299,7 @@ def test_a_training_with_documents_apart_is_another_one_and_resumes_to_the_same_
     result = train(apart, tiny_dataset, tmp_path / "killed", Ranks())
 
     assert 0 < result.steps_computed < result.steps == 12
-    assert_same_bits(tmp_path / "apart", tmp_path / "killed")
+    assert_same_banks(tmp_path / "apart", tmp_path / "killed")
 
 
 def _die_once(monkeypatch, after):

@@ -1,19 +1,13 @@
 """Norm, rotation and gain of the heads in one: the model's own operations and their gradients."""
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 import torch
 
+from tests.interpreted import interpret, needs_triton
 from trainer.kernels.heads import plain_backward, plain_forward, turn_heads
 from trainer.model.linear import norm
 from trainer.model.rotary import Rotary, rotate
 
-ROOT = Path(__file__).resolve().parents[2]
 # B, T, H, E and the dims that turn.
 SHAPES = [(2, 5, 8, 64, 16), (1, 7, 3, 64, 64), (2, 3, 6, 20, 6), (1, 4, 1, 7, 2)]
 shapes = pytest.mark.parametrize("shape", SHAPES)
@@ -169,18 +163,6 @@ def compare_interpreted():
             torch.testing.assert_close(found, expected, **close)
 
 
-@pytest.mark.skipif(
-    find_spec("triton") is None, reason="triton is not installed: torch for the CPU has none"
-)
+@needs_triton
 def test_the_triton_kernels_interpreted_say_what_the_plain_twin_says():
-    # A process of its own, because triton decides at import whether it interprets.
-    done = subprocess.run(
-        [sys.executable, "-c", "from tests.unit import test_kernels_heads as cases; "
-         "cases.compare_interpreted()"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )  # fmt: skip
-
-    assert done.returncode == 0, done.stderr[-2000:]
+    interpret("from tests.unit import test_kernels_heads as cases; cases.compare_interpreted()")

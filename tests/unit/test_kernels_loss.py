@@ -1,13 +1,9 @@
 """The loss of softcapped logits: the twin against the model's own, the kernel against the twin."""
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-
 import pytest
 import torch
 
+from tests.interpreted import interpret, needs_triton
 from trainer.kernels.loss import capped_loss
 from trainer.model.head import Softcap
 from trainer.model.loss import token_loss
@@ -124,12 +120,6 @@ assert beyond.isnan().all()
 """
 
 
+@needs_triton
 def test_the_kernels_are_their_twins_when_interpreted():
-    if find_spec("triton") is None:
-        pytest.skip("no triton: it comes with torch for CUDA")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment
-    )
-
-    assert done.returncode == 0, done.stderr
+    interpret(INTERPRETED)

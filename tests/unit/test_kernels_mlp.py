@@ -1,15 +1,12 @@
 """The fused MLP: the twin against the model's own, the kernels against the twin."""
 
 import json
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.interpreted import interpret, needs_triton
 from trainer.kernels.mlp import relu2_mlp
 from trainer.model.mlp import LeakyRelu2, Relu2
 from trainer.specs import model as specs
@@ -118,13 +115,6 @@ print(json.dumps(far))
 """
 
 
+@needs_triton
 def test_the_kernels_are_their_twins_when_interpreted():
-    if find_spec("triton") is None:
-        pytest.skip("no triton: it comes with torch for CUDA")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment
-    )
-
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) < 1e-5
+    assert json.loads(interpret(INTERPRETED)) < 1e-5

@@ -1,18 +1,12 @@
 """The fused residual stream: the model's own operations, their gradients, and nothing else."""
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.interpreted import interpret, needs_triton
 from trainer.kernels.stream import add_norm, mix_norm, plain_backward, plain_forward
 
-ROOT = Path(__file__).resolve().parents[2]
 FACTOR = 0.7
 SHAPES = [(2, 5, 64), (3, 7, 96), (1, 1, 33)]
 
@@ -217,18 +211,6 @@ def compare_interpreted():
                 torch.testing.assert_close(found, expected, **close)
 
 
-@pytest.mark.skipif(
-    find_spec("triton") is None, reason="triton is not installed: torch for the CPU has none"
-)
+@needs_triton
 def test_the_triton_kernels_interpreted_say_what_the_plain_twin_says():
-    # A process of its own, because triton decides at import whether it interprets.
-    done = subprocess.run(
-        [sys.executable, "-c", "from tests.unit import test_kernels_stream as cases; "
-         "cases.compare_interpreted()"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )  # fmt: skip
-
-    assert done.returncode == 0, done.stderr[-2000:]
+    interpret("from tests.unit import test_kernels_stream as cases; cases.compare_interpreted()")

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.models import assert_same_banks
 from trainer.errors import TrainingError
 from trainer.model.build import build
 from trainer.results import TrainResult
 from trainer.run import check_parity, load_training, train
 from trainer.runtime.clock import Clock
 from trainer.runtime.distributed import Ranks
-from trainer.runtime.tensors import load_tensors, saved_names
 from trainer.specs.recipe import Observe
 from trainer.specs.task import train_task
 from trainer.train import loop
@@ -37,17 +37,6 @@ def journal_of(folder, series):
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     points = [json.loads(line) for line in lines]
     return {point["step"]: point[series] for point in points if series in point}
-
-
-def bank_of(folder):
-    return {name: load_tensors(folder / "bank", name) for name in saved_names(folder / "bank")}
-
-
-def assert_same_bits(one, other):
-    ones, others = bank_of(one), bank_of(other)
-    for entry, tensors in ones.items():
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, others[entry][name]), f"{entry} {name}"
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +109,7 @@ def test_warm_up_leaves_it_off(trained, tiny_dataset, tmp_path):
     result = train(task_of(LATE, train__warmup_steps=3), tiny_dataset, tmp_path, ALONE)
 
     assert result.qat_start_step == 10
-    assert_same_bits(trained["late"][0], tmp_path)
+    assert_same_banks(trained["late"][0], tmp_path)
 
 
 @pytest.mark.parametrize(("checkpoint_every", "steps_computed"), [(9, 3), (11, 1)])
@@ -135,7 +124,7 @@ def test_a_resumed_training_has_the_same_bits_whether_it_was_on_or_not(
     resumed = train(task, tiny_dataset, tmp_path, ALONE)
 
     assert (resumed.steps_computed, resumed.qat_start_step) == (steps_computed, 10)
-    assert_same_bits(trained["late"][0], tmp_path)
+    assert_same_banks(trained["late"][0], tmp_path)
 
 
 def test_results_from_before_it_existed_can_still_be_read(trained):

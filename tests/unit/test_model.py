@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from tests import tiny
+from tests.models import off_its_start
 from tests.reference import attention_reference as plain
 from trainer.blueprint import blueprint
 from trainer.errors import UsageError
@@ -39,12 +40,7 @@ def tokens_of(spec, *shape, seed=1):
 
 def awake(spec, seed=0):
     """Build a model whose every parameter matters: at init the output projections are zero."""
-    model = build(spec, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return model
+    return off_its_start(build(spec, seed=seed), seed=seed, scale=0.3)
 
 
 def logits_of(model, tokens):

@@ -2,11 +2,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import tiny
+from tests.models import off_its_start
 from tests.reference import sliding_reference as plain
 from trainer.data.bytecount import ByteTable
 from trainer.errors import DataError
@@ -41,12 +41,7 @@ class OneOfTwo(Ranks):
 
 @pytest.fixture(scope="module")
 def model():
-    built = build(NTK, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return built
+    return off_its_start(build(NTK, seed=0))
 
 
 @pytest.fixture(scope="module")

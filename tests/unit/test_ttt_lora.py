@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import tiny
+from tests.models import off_its_start
 from tests.mortal import Kill, Killed
 from tests.reference import ttt_reference as plain
 from trainer.evaluate.evaluators import evaluate
@@ -33,12 +34,7 @@ LENGTHS = (5, 14, 1, 30, 9, 16, 26)
 
 def awake(spec, seed=0):
     """Build a model whose every part does something."""
-    model = build(spec, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return model
+    return off_its_start(build(spec, seed=seed), seed=seed)
 
 
 def text_of(lengths, seed=0):

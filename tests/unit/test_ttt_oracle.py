@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.models import off_its_start
 from tests.mortal import Kill, Killed
 from trainer.evaluate.audit import score_before_update
 from trainer.evaluate.evaluators import evaluate
@@ -22,12 +23,7 @@ KINDS = ("adamw", "sgd")
 
 @pytest.fixture(scope="module")
 def model():
-    built = build(tiny.rich_model(mtp=None), seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return built
+    return off_its_start(build(tiny.rich_model(mtp=None), seed=0))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import tiny
+from tests.models import off_its_start
 from tests.mortal import Kill, Killed
 from tests.reference import ttt_reference as plain
 from trainer.errors import TrainingError, UsageError
@@ -28,12 +29,7 @@ WINDOW, STRIDE, CHUNK = 16, 8, 48
 
 def awake(spec, seed=0):
     """Build a model whose every part does something."""
-    model = build(spec, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return model
+    return off_its_start(build(spec, seed=seed), seed=seed)
 
 
 @pytest.fixture(scope="module")

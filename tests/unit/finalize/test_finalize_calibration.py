@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import tiny
+from tests.models import off_its_start
 from tests.strategies import models
 from trainer.data.shards import TokenStream, write_shard
 from trainer.errors import DataError, UsageError
@@ -62,12 +63,7 @@ def on_two_ranks(work):
 
 def alive(spec):
     """A model whose every parameter is away from its start, where much is zero."""
-    model = build(spec, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return model
+    return off_its_start(build(spec, seed=0))
 
 
 def text(num_rows, length, vocab_size=64, seed=0):

@@ -1,17 +1,11 @@
 """The Triton walk over a block of columns against its plain twin, in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-
 import pytest
 
-pytestmark = pytest.mark.skipif(
-    find_spec("triton") is None, reason="triton is not installed: torch for the CPU has none"
-)
+from tests.interpreted import interpret, needs_triton
 
-# In a process of its own: Triton reads TRITON_INTERPRET when it is imported.
+pytestmark = needs_triton
+
 COMPARE = """\
 import sys
 import torch
@@ -47,13 +41,4 @@ assert torch.equal(lost, expected)
     (1, 20, 4, 1), (7, 13, 4, 0), (16, 8, 6, 1), (33, 9, 8, 0), (128, 5, 3, 1),
 ])  # fmt: skip
 def test_the_kernel_leaves_what_its_plain_twin_leaves(columns, rows, bits, symmetric):
-    words = [str(word) for word in (columns, rows, bits, symmetric)]
-
-    done = subprocess.run(
-        [sys.executable, "-c", COMPARE, *words],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
-
-    assert done.returncode == 0, done.stderr[-2000:]
+    interpret(COMPARE, columns, rows, bits, int(symmetric))
