@@ -141,14 +141,16 @@ def fast_settings(device: torch.device) -> dict[str, Any]:
     """What the second column adds to a recipe; a CPU has only substitutes for it."""
     if device.type != "cuda":
         kernel = {"name": "flash_attn_4", "substitute": "torch"}
-        return {"train.attention": kernel, "train.fused": True, "evaluate.attention": kernel}
+        own = {"train.fused": True, "evaluate.fused": True}
+        return {"train.attention": kernel, "evaluate.attention": kernel} | own
     kernel = {"name": "flash_attn_4", "substitute": "cudnn"}
     return {
         "train.attention": kernel,
         "train.fused": True,
         "evaluate.attention": kernel,
+        "evaluate.fused": True,
         "evaluate.compile": True,
-        "evaluate.batch_windows": 66,
+        "evaluate.batch_windows": 264,
     }
 
 

@@ -31,7 +31,7 @@ from trainer.finalize.calibration import training_batches
 from trainer.finalize.hessians import collect_hessians
 from trainer.finalize.pipeline import finalize
 from trainer.kernels.attention import attention_of, lacking
-from trainer.kernels.chosen import kernels_of
+from trainer.kernels.chosen import kernels_of_score
 from trainer.model.build import build
 from trainer.model.roles import roles_of
 from trainer.runtime.clock import Clock
@@ -326,7 +326,7 @@ def evaluation(recipe: Recipe, dataset: Dataset, ranks: Ranks) -> Figures:
     stream = dataset.stream("val")
     tokens = stream.read(0, min(len(stream), sizes_of(device).predictions + 1))
     dtype = recipe.train.dtype
-    chosen = kernels_of(spec.attention, device, dtype, "evaluate.attention")
+    chosen = kernels_of_score(spec, device, dtype)
     model = build(recipe.model.exported(), seed=SEED, dtype=dtype, kernels=chosen).to(device)
 
     def score(upto: int) -> float:

@@ -18,6 +18,7 @@ from trainer.specs.documents import Documents
 from trainer.specs.evaluate import EvaluateSpec
 from trainer.specs.kernels import AttentionKernel, Backend
 from trainer.specs.model import ModelSpec
+from trainer.specs.recipe import Recipe
 from trainer.specs.train import TrainSpec
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from trainer.kernels.attention import Attend
 
 TRAIN_FIELD, EVALUATE_FIELD = "train.attention", "evaluate.attention"
-FIELDS = (TRAIN_FIELD, EVALUATE_FIELD, "train.fused", "train.documents")
+FIELDS = (TRAIN_FIELD, EVALUATE_FIELD, "train.fused", "evaluate.fused", "train.documents")
 """What an answer begins with where a spec's own choice cannot run."""
 TRY_S = 120.0  # a first import of torch from a cold disk takes half a minute
 
@@ -44,8 +45,8 @@ class Question:
     """One layer's attention: `dtype` and shapes are the training's, device `cpu` or `cuda`.
 
     kernel: which one is asked for. others: what must run there too. keeps_documents: whether a
-    training's stays inside of documents, which torch does by a mask. fused: whether its own kernels
-    must be there too.
+    training's stays inside of documents, which torch does by a mask. fused: the fields that ask for
+    our own kernels, which a CPU has twins of.
     """
 
     device: str
@@ -57,7 +58,7 @@ class Question:
     kernel: Kernel = Kernel(TRAIN_FIELD)
     others: tuple[Kernel, ...] = ()
     keeps_documents: bool = False
-    fused: bool = False
+    fused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +76,20 @@ def of_training(model: ModelSpec, device: str, train: TrainSpec) -> Question:
     """The attention of a model's layers in a training."""
     kernel = Kernel(TRAIN_FIELD, train.attention)
     asked = question_of(model, device, train.dtype, train.seq_len, kernel)
-    return replace(asked, keeps_documents=train.documents is not None, fused=train.fused)
+    return replace(asked, keeps_documents=train.documents is not None)
 
 
 def of_evaluation(model: ModelSpec, device: str, dtype: str, evaluate: EvaluateSpec) -> Question:
     """The attention of a model's layers in windows that are scored."""
     kernel = Kernel(EVALUATE_FIELD, evaluate.attention)
     return question_of(model, device, dtype, evaluate.window, kernel)
+
+
+def of_recipe(recipe: Recipe, device: str) -> Question:
+    """The attention of a recipe's training, and whether it asks for kernels of our own."""
+    asked = {"train.fused": recipe.train.fused, "evaluate.fused": recipe.evaluate.fused}
+    fields = [field for field, is_asked in asked.items() if is_asked and device == "cuda"]
+    return replace(of_training(recipe.model, device, recipe.train), fused=tuple(fields))
 
 
 def question_of(
@@ -156,8 +164,8 @@ def _answer(question: Question) -> Attention:
     from trainer.kernels.chosen import require_triton
 
     try:
-        if question.fused:
-            require_triton(torch.device(question.device), "train.fused", "set train.fused=false")
+        for field in question.fused:
+            require_triton(torch.device(question.device), field, f"set {field}=false")
         for other in question.others:
             _run(question, other)
         name = _run(question, question.kernel)

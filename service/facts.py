@@ -48,7 +48,7 @@ class Gpu:
 class WorkerFacts:
     """What a stage was computed with, as its own process found it. gpus: one a rank. environment:
     the variables that change sums, as NAME=value. attention: the kernel in use, by the recipe or
-    by torch's choice. fused: whether a training used our own. flash_attn: the version of the
+    by torch's choice. fused: whether our own were used for the rest. flash_attn: the version of the
     package that the attention comes from."""
 
     device: Literal["cpu", "cuda"]

@@ -17,7 +17,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from service.attention import FIELDS, Question, of_training
+from service.attention import FIELDS, Question, of_recipe
 from service.facts import check_packages
 from service.footprint import example, footprint, kernels
 from service.machine import Machine, look
@@ -128,15 +128,14 @@ def checks(
 
 def question(sweep: Sweep, plan: Plan | None = None) -> Question:
     """The attention of the sweep's model on the device of its gangs, and all others it names."""
-    recipe = example(sweep, plan)
     device = "cuda" if sweep.spec.resources.gpus_per_worker else "cpu"
-    return replace(of_training(recipe.model, device, recipe.train), others=kernels(sweep, plan))
+    return replace(of_recipe(example(sweep, plan), device), others=kernels(sweep, plan))
 
 
 def asks_kernel(sweep: Sweep, plan: Plan | None = None) -> bool:
     """Whether the sweep requires or names a kernel. Only then it is worth starting torch to ask."""
     asked = question(sweep, plan)
-    return _requires_flash(sweep) or bool(asked.others) or (asked.fused and asked.device == "cuda")
+    return _requires_flash(sweep) or bool(asked.others or asked.fused)
 
 
 def _requires_flash(sweep: Sweep) -> bool:

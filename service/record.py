@@ -280,7 +280,7 @@ def _facts(sheet: Sheet) -> dict[str, str]:
     )
     trained, scored = sheet.train_worker, sheet.final_worker
     facts = {name: getattr(trained, name, None) for name in shown.split()}
-    for name in ("attention", "flash_attn"):
+    for name in ("attention", "fused", "flash_attn"):
         facts[f"{name} of evaluation"] = getattr(scored, name, None)
     facts["threads"] = sheet.threads
     for name in ("zstandard", "libzstd", "brotli", "zlib", "liblzma", "constriction"):

@@ -125,7 +125,8 @@ class _Bench:
         trained_as, _ = load_training(self.training)
         device, dtype = self.ranks.device, trained_as.train.dtype
         asked = of_evaluation(trained_as.model, device.type, dtype, self.task.evaluate)
-        return worker_facts(device, choice(asked, learns=False))
+        facts = worker_facts(device, choice(asked, learns=False))
+        return replace(facts, fused=self.task.evaluate.fused and device.type == "cuda")
 
     def parity(self) -> Rule:
         checked, _ = self.compute(

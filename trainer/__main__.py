@@ -14,7 +14,7 @@ from trainer.artifacts import collect, make_artifact
 from trainer.codec import dump, parse, parse_assignment, read_recipe, to_yaml, with_values
 from trainer.data.shards import Dataset, load_dataset
 from trainer.errors import FairwayError, InfeasibleError, UsageError
-from trainer.kernels.attention import at_hand
+from trainer.kernels.chosen import kernels_of_score
 from trainer.optim.schedule import check_late_parts
 from trainer.protocol import ARTIFACT_BYTES_CAP
 from trainer.results import FinalResult, Score
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> FinalResult | None:
     data = with_values(read_recipe(arguments.recipe), values)
     recipe = parse(Recipe, data, str(arguments.recipe))
     check_late_parts(recipe.train, recipe.final.average, str(arguments.recipe))
-    at_hand(recipe.evaluate.attention, ranks.device, recipe.train.dtype, "evaluate.attention")
+    kernels_of_score(recipe.evaluate, ranks.device, recipe.train.dtype)  # before the training
     out: Path = arguments.out
     dataset = _dataset(arguments.data or out / "data" / recipe.data.name, recipe.data.name, ranks)
     if ranks.is_first:

@@ -19,7 +19,7 @@ from trainer.evaluate.progress import Progress
 from trainer.evaluate.tape import Tape
 from trainer.finalize.artifact import read_weights
 from trainer.finalize.pipeline import WEIGHTS_FILE
-from trainer.kernels.chosen import kernels_of
+from trainer.kernels.chosen import kernels_of_score
 from trainer.model.build import build, load_state
 from trainer.model.gpt import GPT
 from trainer.protocol import UNKNOWN_TOKENIZER
@@ -87,7 +87,7 @@ def score_state(
     journal: Journal | None = None,
 ) -> Scored:
     """Score a text with a fresh model of this state."""
-    kernels = kernels_of(evaluate.attention, ranks.device, dtype, "evaluate.attention")
+    kernels = kernels_of_score(evaluate, ranks.device, dtype)
     model = build(spec, dtype=dtype, kernels=kernels)
     load_state(model, dict(state))
     return score_text(model.to(ranks.device), text, evaluate, ranks, journal=journal)

@@ -21,7 +21,7 @@ from trainer.finalize.calibration import calibration_batches
 from trainer.finalize.compress import compress
 from trainer.finalize.hessians import collect_hessians
 from trainer.finalize.pipeline import WEIGHTS_FILE, finalize
-from trainer.kernels.attention import at_hand
+from trainer.kernels.chosen import kernels_of_score
 from trainer.model.build import build, load_state
 from trainer.protocol import ARTIFACT_BYTES_CAP
 from trainer.results import Score
@@ -85,9 +85,7 @@ def _require_all(ranks: Ranks, *, takes_any: bool) -> None:
             f"{ranks.world_size} workers: the recorded weights are of {WORLD_SIZE}; start "
             f"`torchrun --standalone --nproc_per_node={WORLD_SIZE}`, or add --any-workers"
         )
-    if FINAL.evaluate.attention is not None:
-        named, dtype = FINAL.evaluate.attention, TRAIN.train.dtype
-        at_hand(named, ranks.device, dtype, "evaluate.attention")
+    kernels_of_score(FINAL.evaluate, ranks.device, TRAIN.train.dtype)
     kind = FINAL.final.compress
     compress(b"", BESIDE if isinstance(kind, RangeCoder) else kind)  # fails where it is missing
 

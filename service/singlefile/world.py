@@ -91,9 +91,12 @@ class World:
 
     def kernel(self, field: str) -> Value:
         """What a model may be built to compute with; a training's kernels or those of a score."""
-        if field in ("fused", "mlp") and not self.train.train.fused:
+        train, evaluate = self.train.train, self.final.evaluate
+        uses = {"fused": train.fused, "scores": evaluate.fused}
+        uses["mlp"] = train.fused or evaluate.fused
+        if not uses.get(field, True):
             return truths([False])
-        if field == "within" and self.train.train.documents is None:
+        if field == "within" and train.documents is None:
             return NONE
         return ANYTHING
 

@@ -48,7 +48,7 @@ def test_a_package_keeps_documents_apart_or_is_refused() -> None:
     why = lacking("flash_attn_4", torch.device("cuda"), "bfloat16")
     if why is not None:
         pytest.skip(why)
-    kernel = Kernel("train.attention", AttentionKernel("flash_attn_4"))
+    kernel = Kernel("train.attention", AttentionKernel(name="flash_attn_4"))
 
     told = ask(Question("cuda", "bfloat16", **PR414, kernel=kernel, keeps_documents=True))
 

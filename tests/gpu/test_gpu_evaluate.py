@@ -19,7 +19,7 @@ from trainer.evaluate.journal import Journal, identity  # noqa: E402
 from trainer.evaluate.sliding import slide  # noqa: E402
 from trainer.evaluate.tape import Tape  # noqa: E402
 from trainer.kernels.attention import lacking  # noqa: E402
-from trainer.kernels.chosen import kernels_of  # noqa: E402
+from trainer.kernels.chosen import kernels_of_score  # noqa: E402
 from trainer.model.build import build  # noqa: E402
 from trainer.runtime.distributed import Ranks  # noqa: E402
 from trainer.specs.evaluate import Documents, EvaluateSpec  # noqa: E402
@@ -31,9 +31,10 @@ FLAT = EvaluateSpec(window=256, stride=32, batch_windows=16)
 SPECS = {"flat": FLAT, "documents": replace(FLAT, documents=Documents(bos=1))}
 
 
-def model_of(name="torch"):
+def model_of(name="torch", *, fused=False):
     heads = Attention(num_heads=4, num_kv_heads=2, rope=Rope(dims=16), q_gain=QGain())
-    kernels = kernels_of(AttentionKernel(name=name), CUDA, "bfloat16", "evaluate.attention")
+    chosen = replace(FLAT, attention=AttentionKernel(name=name), fused=fused)
+    kernels = kernels_of_score(chosen, CUDA, "bfloat16")
     spec = tiny.full_model(dim=256, vocab_size=1024, attention=heads)
     built = build(spec, seed=0, dtype="bfloat16", kernels=kernels)
     generator = torch.Generator().manual_seed(0)
@@ -60,12 +61,13 @@ def mean_gap(found, other):
     return abs(float(np.mean(found.losses - other.losses, dtype=np.float64)))
 
 
-@pytest.mark.parametrize("kernel", ["torch", "cudnn", "flash"])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("kernel", ["torch", "cudnn", "flash", "flash_attn_4"])
 @pytest.mark.parametrize("name", SPECS)
-def test_compiled_scores_are_the_eager_ones_rounded_less_often(name, kernel):
+def test_compiled_scores_are_the_eager_ones_rounded_less_often(name, kernel, fused):
     if why := lacking(kernel, CUDA, "bfloat16"):
         pytest.skip(why)
-    model, spec = model_of(kernel), SPECS[name]
+    model, spec = model_of(kernel, fused=fused), SPECS[name]
     state = {name: tensor.float() for name, tensor in model.state_dict().items()}
     exact = build(model.plan.spec)
     exact.load_state_dict(state)

@@ -120,6 +120,7 @@ KERNELS = {
     "train.fused": True,
     "train.attention": FLASH,
     "train.documents": {},
+    "evaluate.fused": True,
     "evaluate.attention": {"name": "cudnn", "substitute": "torch"},
 }
 ORACLE = {"evaluate.ttt": {"kind": "oracle", "epochs": 1}}

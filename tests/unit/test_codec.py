@@ -121,7 +121,7 @@ def test_a_recipe_survives_its_yaml_file(recipe: Recipe) -> None:
         (
             {"evaluate.zzz": 1},
             "r.yaml: evaluate.zzz: unknown key; known here: window, stride, variant, "
-            "batch_windows, attention, compile, documents, ttt",
+            "batch_windows, attention, compile, fused, documents, ttt",
         ),
         (
             {"train.iterations": "many"},

@@ -222,12 +222,13 @@ def test_a_batch_is_launched_before_the_one_before_it_is_sealed(model, spec):
     assert steps == ["launch", "launch", "land", "launch", "land", "land"]
 
 
+@pytest.mark.parametrize("name", ["compile", "fused"])
 @pytest.mark.parametrize("ttt", [LoraTtt(), SgdTtt()])
-def test_a_model_that_trains_between_scores_is_not_compiled(ttt):
+def test_a_model_that_trains_between_scores_takes_no_fast_path_past_what_it_trains(ttt, name):
     documents = Documents() if isinstance(ttt, LoraTtt) else None
 
-    with pytest.raises(ValueError, match=rf"compile=True .* leave out ttt.kind={ttt.kind}, which"):
-        replace(COMPILED, documents=documents, ttt=ttt)
+    with pytest.raises(ValueError, match=rf"{name}=True .* leave out ttt.kind={ttt.kind}, which"):
+        replace(EAGER, documents=documents, ttt=ttt, **{name: True})
 
 
 def test_an_oracle_may_be_compiled():

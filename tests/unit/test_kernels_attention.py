@@ -1,5 +1,6 @@
 """Which attention a spec gets on a device, and what is said where it gets none."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -74,8 +75,12 @@ def test_own_kernels_need_triton_on_a_gpu_alone(hopper, monkeypatch):
     monkeypatch.setattr("trainer.kernels.chosen.find_spec", lambda name: None)
 
     assert kernels_of(None, CPU, "bfloat16", "train.attention", fused=True).fused
+    assert kernels_of(None, CPU, "bfloat16", "evaluate.attention", scores=True).scores
+    cuda = torch.device("cuda")
     with pytest.raises(UsageError, match=r"^train.fused: triton is not installed"):
-        kernels_of(None, torch.device("cuda"), "bfloat16", "train.attention", fused=True)
+        kernels_of(None, cuda, "bfloat16", "train.attention", fused=True)
+    with pytest.raises(UsageError, match=r"^evaluate.fused: .* or set evaluate.fused=false"):
+        kernels_of(None, cuda, "bfloat16", "evaluate.attention", scores=True)
 
 
 def test_the_mlp_has_a_kernel_on_hopper_in_bfloat16_and_its_twin_on_a_cpu(hopper, monkeypatch):
@@ -165,6 +170,32 @@ def test_a_fused_model_has_the_plain_ones_losses_and_gradients(name):
     assert fused_grads.keys() == plain_grads.keys()
     for path, grad in plain_grads.items():
         torch.testing.assert_close(fused_grads[path], grad, rtol=1e-4, atol=1e-6, msg=path)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_score_by_own_kernels_is_the_plain_one(name, monkeypatch):
+    taken = []
+
+    def spied(path):
+        module, _, function = path.rpartition(".")
+        kernel = getattr(sys.modules[module], function)
+        spy = lambda *given: (taken.append(function), kernel(*given))[1]  # noqa: E731
+        monkeypatch.setattr(path, spy)
+
+    spied("trainer.model.attention.turn_heads")
+    spied("trainer.model.mlp.relu2_mlp")
+    own = replace(PLAIN, scores=True, mlp=True)
+    plain, model = (build(MODELS[name], seed=5, kernels=each).eval() for each in (PLAIN, own))
+
+    found = model(TOKENS[:, :-1], TOKENS[:, 1:])
+
+    torch.testing.assert_close(found, plain(TOKENS[:, :-1], TOKENS[:, 1:]), rtol=1e-5, atol=1e-5)
+    num_layers, has_mlp = len(model.blocks), name not in ("cubic", "gated")
+    assert taken.count("turn_heads") == 2 * num_layers
+    assert taken.count("relu2_mlp") == has_mlp * num_layers
+    taken.clear()
+    model.train()(TOKENS[:, :-1], TOKENS[:, 1:])
+    assert not taken
 
 
 def test_a_fused_model_scores_as_the_plain_one_to_the_last_bit():

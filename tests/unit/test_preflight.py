@@ -322,18 +322,17 @@ def test_nodes_whose_ranks_would_attend_by_different_kernels_fail(home):
     assert "kernel" not in found((1, "cudnn"), (2, "cudnn"))
 
 
-def test_own_kernels_without_triton_are_refused_by_their_field(home):
-    sweep, dataset, plan = planned(
-        home, overrides={"train.fused": True}, resources={"gpus_per_worker": 1}
-    )
-    why = "train.fused: triton is not installed; install it or set train.fused=false"
+@pytest.mark.parametrize("field", ["train.fused", "evaluate.fused"])
+def test_own_kernels_without_triton_are_refused_by_their_field(home, field):
+    sweep, dataset, plan = planned(home, overrides={field: True}, resources={"gpus_per_worker": 1})
+    why = f"{field}: triton is not installed; install it or set {field}=false"
     bare = replace(look(home.store), attention=Attention(None, why))
 
     told = wrong(checks(sweep, home, dataset, plan, bare, [bare]))
 
     assert asks_kernel(sweep, plan)
     assert told["kernel"].endswith(why)
-    assert not asks_kernel(planned(home, overrides={"train.fused": True})[0])  # on a CPU
+    assert not asks_kernel(planned(home, overrides={field: True})[0])  # on a CPU
 
 
 def test_a_node_that_does_not_see_the_store_fails(home):

@@ -373,7 +373,7 @@ def test_requirements_name_the_package_that_the_attention_came_from(sheet: Sheet
     assert trained is not None
     assert scored is not None
     fast = replace(trained, attention="flash_attn_4", flash_attn="4.0.0b36", fused=True)
-    built = replace(scored, attention="flash_attn_3", flash_attn="3.0.0")
+    built = replace(scored, attention="flash_attn_3", flash_attn="3.0.0", fused=False)
     other = replace(sheet, train_worker=fast, final_worker=built)
 
     text = requirements_of(Record((Entry(other, 1),), BY, 1))
@@ -383,8 +383,9 @@ def test_requirements_name_the_package_that_the_attention_came_from(sheet: Sheet
     )
     assert "flash" not in requirements_of(Record((Entry(sheet, 1),), BY, 1))
     rows = dict(facts_by_name([other]))
-    shown = ("attention", "flash_attn", "fused", "attention of evaluation")
-    assert [rows[name] for name in shown] == ["flash_attn_4", "4.0.0b36", "True", "flash_attn_3"]
+    shown = ("attention", "flash_attn", "fused", "attention of evaluation", "fused of evaluation")
+    told = [rows[name] for name in shown]
+    assert told == ["flash_attn_4", "4.0.0b36", "True", "flash_attn_3", "False"]
 
 
 def test_requirements_pin_a_package_once(sheet: Sheet) -> None:

@@ -12,17 +12,19 @@ from trainer.kernels.documents import Within, attend_within
 from trainer.kernels.mlp import takes_mlp
 from trainer.kernels.varlen import package_of, within_by
 from trainer.specs.documents import Documents
+from trainer.specs.evaluate import EvaluateSpec
 from trainer.specs.kernels import APART, AttentionKernel, Backend
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """attend: the attention. fused: whether a training computes what lies between the matrices by
-    our own kernels. mlp: and the MLP's activation, too. within: the attention of a training that
-    keeps documents apart."""
+    our own kernels. scores: whether a score computes heads and MLP by them. mlp: whether there is
+    one for the MLP. within: the attention of a training that keeps documents apart."""
 
     attend: Attend = attend
     fused: bool = False
+    scores: bool = False
     mlp: bool = False
     within: Within | None = None
 
@@ -37,20 +39,29 @@ def kernels_of(
     field: str,
     *,
     fused: bool = False,
+    scores: bool = False,
     documents: Documents | None = None,
 ) -> Kernels:
     """The kernels that a spec gets on a device for a model of a dtype; UsageError, naming its
     `field`, for what is not to be had there."""
     if fused:
         require_triton(device, "train.fused", "set train.fused=false")
+    if scores:
+        require_triton(device, "evaluate.fused", "set evaluate.fused=false")
     name = at_hand(attention, device, dtype, field)
     try:
         within = None if documents is None else within_of(name, documents, field)
-        return Kernels(attention_of(name), fused, fused and takes_mlp(device, dtype), within)
+        has_mlp = (fused or scores) and takes_mlp(device, dtype)
+        return Kernels(attention_of(name), fused, scores, has_mlp, within)
     except ImportError as error:  # installed, and for another torch
         raise UsageError(
             f"{field}: {name} cannot be imported ({error}); install it again or name another"
         ) from error
+
+
+def kernels_of_score(spec: EvaluateSpec, device: torch.device, dtype: str) -> Kernels:
+    """The kernels that an evaluation's spec gets, as `kernels_of`."""
+    return kernels_of(spec.attention, device, dtype, "evaluate.attention", scores=spec.fused)
 
 
 def require_triton(device: torch.device, field: str, instead: str) -> None:

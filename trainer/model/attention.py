@@ -94,7 +94,8 @@ class Attention(nn.Module):
         self, plan: Blueprint, layer: LayerPlan, owner: "Attention | None", kernels: Kernels
     ) -> None:
         super().__init__()
-        self.attend, self.fused = kernels.attend, kernels.fused
+        self.attend = kernels.attend
+        self.fused, self.scores_fused = kernels.fused, kernels.scores
         d, spec, init = plan.spec.dim, plan.spec.attention, plan.spec.ortho_init
         self.head_dim = plan.head_dim
         gain = spec.q_gain
@@ -131,11 +132,11 @@ class Attention(nn.Module):
         return self.out(y.flatten(-2))
 
     def _turn_queries(self, q: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        if self.fused and self.training:
+        if self.fused if self.training else self.scores_fused:
             return turn_heads(q, getattr(self.q_gain, "gain", None), *rope)
         return self.q_gain(rotate(norm(q), rope))
 
     def _turn_keys(self, k: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        if self.fused and self.training:
+        if self.fused if self.training else self.scores_fused:
             return turn_heads(k, None, *rope)
         return rotate(norm(k), rope)

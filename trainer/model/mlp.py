@@ -56,7 +56,9 @@ class Mlp(nn.Module):
         super().__init__()
         activation = plan.spec.mlp.activation
         is_square = not isinstance(activation, specs.ReluPower)
-        self.fused = kernels.mlp and is_square and fits_mlp(plan.spec.dim, plan.mlp_dim)
+        has_kernel = kernels.mlp and is_square and fits_mlp(plan.spec.dim, plan.mlp_dim)
+        self.fused = has_kernel and kernels.fused
+        self.scores_fused = has_kernel and kernels.scores
         self.slope = getattr(activation, "slope", 0.0)
         self.up = Linear(plan.spec.dim, plan.mlp_dim)
         self.activation = ACTIVATIONS[type(activation)](activation)
@@ -65,7 +67,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, T, D] to [B, T, D]."""
-        if self.fused and self.training:
+        if self.fused if self.training else self.scores_fused:
             return relu2_mlp(x, self.up.cast(x.dtype), self.down.cast(x.dtype), self.slope)
         return self.adapter(self.down(self.activation(self.up(x))), x)
 

@@ -27,6 +27,9 @@ class EvaluateSpec:
     compile: bool = False
     """Whether the batches of the commonest shape are scored with a compiled graph; pays on long
     texts. Rounds differently, and its compilation is on the clock."""
+    fused: bool = False
+    """Whether heads and MLP are computed by our own kernels, as `train.fused` has it. Pays beside
+    `compile`, whose graph has the rest in one pass already."""
     documents: Documents | None = None
     ttt: LoraTtt | SgdTtt | OracleTtt | None = None
 
@@ -49,8 +52,9 @@ class EvaluateSpec:
             self.ttt is None or is_lora or self.documents is None,
             f"ttt.kind={self.ttt and self.ttt.kind} reads one stream; leave documents out",
         )
-        require(
-            not self.compile or self.ttt is None or isinstance(self.ttt, OracleTtt),
-            f"compile=True is for a model that stays as it is; leave it out, or leave out "
-            f"ttt.kind={self.ttt and self.ttt.kind}, which trains between scores",
-        )
+        for name in ("compile", "fused"):
+            require(
+                not getattr(self, name) or self.ttt is None or isinstance(self.ttt, OracleTtt),
+                f"{name}=True is for a model that stays as it is; leave it out, or leave out "
+                f"ttt.kind={self.ttt and self.ttt.kind}, which trains between scores",
+            )
