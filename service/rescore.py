@@ -34,6 +34,7 @@ from trainer.finalize.stored import restore
 from trainer.importer.fitting import fit
 from trainer.importer.folder import is_imported_bank, load_bank
 from trainer.importer.formats import read_public
+from trainer.kernels.chosen import kernels_of_score
 from trainer.model.build import build, load_state
 from trainer.model.gpt import GPT
 from trainer.protocol import UNKNOWN_TOKENIZER
@@ -48,11 +49,15 @@ from trainer.specs.recipe import Recipe
 from trainer.specs.task import FinalTask
 
 
+_KERNELS = {"attention", "fused"}
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What may be told besides the model and the text.
 
-    `evaluate` sets dotted paths over how a final was scored; `recipe` fits a public script's file;
+    `evaluate` sets dotted paths over the windows that a final was scored with, and may name kernels,
+    which are torch's own otherwise; `recipe` fits a public script's file;
     `entry` is one of a bank; `budget_s` has the evaluation picked to take no longer.
     """
 
@@ -73,9 +78,10 @@ class Model:
     tokenizer: str
     where: Path
 
-    def on(self, dtype: str, ranks: Ranks) -> GPT:
-        """Build it on a rank's device."""
-        model = build(self.spec, dtype=dtype)
+    def on(self, evaluate: EvaluateSpec, dtype: str, ranks: Ranks) -> GPT:
+        """Build it on a rank's device, with the kernels that its evaluation names."""
+        kernels = kernels_of_score(evaluate, ranks.device, dtype)
+        model = build(self.spec, dtype=dtype, kernels=kernels)
         load_state(model, dict(self.state))
         return model.to(ranks.device)
 
@@ -124,7 +130,10 @@ def rescore(paths: Paths, ref: str, source: Source, asked: Asked) -> dict[str, A
     InfeasibleError where no evaluation fits the budget, or the totals are not the text's.
     """
     path, final = _find(paths, ref)
-    wanted = with_values(_evaluated(final) if final else {}, asked.evaluate)
+    own = _evaluated(final) if final else {}
+    # Whoever doubts a score computes it by torch's own kernels, and in float32 no others may run.
+    windows = {name: value for name, value in own.items() if name not in _KERNELS}
+    wanted = with_values(windows, asked.evaluate)
     if "window" not in wanted:
         raise UsageError(f"{path}: say how long a window the model was trained on: --window")
     wanted.setdefault("stride", wanted["window"])
@@ -173,7 +182,7 @@ def score_rank(job: Job, ranks: Ranks, progress: Progress) -> Score:
 def score_job(job: Job, model: Model, text: Text, ranks: Ranks, progress: Progress) -> Score:
     """Score a text, or what an attempt that was cut short left of it."""
     journal = Journal(job.journal, job.key, ranks.rank, job.save_every_s)
-    built = model.on(job.asked.dtype, ranks)
+    built = model.on(job.spec, job.asked.dtype, ranks)
     return score_text(built, text, job.spec, ranks, progress=progress, journal=journal).score
 
 
@@ -213,7 +222,7 @@ def _affordable(spec: EvaluateSpec, model: Model, text: Text, asked: Asked, talk
     """Measure, say what each way to evaluate would take, and return the best within the budget."""
     assert asked.budget_s is not None
     ranks = current()
-    speed = measure(model.on(asked.dtype, ranks), spec, ranks)
+    speed = measure(model.on(spec, asked.dtype, ranks), spec, ranks)
     tape = Tape(text.tokens)
     starts = None if spec.documents is None else tape.document_starts(spec.documents.bos)
     found = options(spec, len(tape), starts, speed, asked.workers)

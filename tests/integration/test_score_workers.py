@@ -22,15 +22,18 @@ from service.rescore import Asked, Job, Model, score_job, undisturbed
 from service.scored_text import Source
 from tests import golden_pr414, local_work, tiny
 from tests.integration.test_import import SMALL
+from trainer.artifacts import make_artifact
+from trainer.codec import dump
 from trainer.errors import DataError, UsageError
 from trainer.evaluate.progress import Silent
 from trainer.model.build import build
 from trainer.protocol import UNKNOWN_TOKENIZER
 from trainer.run import train
 from trainer.runtime.distributed import Ranks
+from trainer.runtime.files import write_json
 from trainer.scoring import Text
 from trainer.specs.evaluate import EvaluateSpec
-from trainer.specs.task import train_task
+from trainer.specs.task import artifact_task, final_task, train_task
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 240.0
@@ -205,6 +208,27 @@ def test_an_entry_of_a_trainings_bank_scores_as_its_training_did(tiny_dataset, t
     assert bpb == [pytest.approx(trained.parity_bpb, rel=1e-9)] * 3
     assert status == 2
     assert lines[-1].endswith("say which entry of the bank: --entry raw | ema-0.5 | ema-0.9 | swa")
+
+
+def test_a_final_is_scored_again_by_torchs_own_kernels_unless_others_are_named(
+    tiny_dataset, tmp_path
+):
+    shutil.copytree(tiny_dataset.folder, tmp_path / "data" / "tiny")
+    recipe = tiny.recipe({"train.dtype": "bfloat16", "evaluate.attention": {"name": "cudnn"}})
+    training, final = tmp_path / "training", tmp_path / "store" / "finals" / "abc"
+    train(train_task(recipe), tiny_dataset, training, Ranks())
+    task = final_task(recipe)
+    make_artifact(artifact_task(task), training, tiny_dataset, final, None, Ranks())
+    write_json(final / "task.json", dump(task))
+    words = ("score", "abc", "--data", "tiny")
+
+    status, out, lines = fairway(tmp_path, *words, "-o", "json")
+    named = fairway(tmp_path, *words, "-S", "evaluate.attention.name=cudnn")
+
+    assert status == 0, lines
+    assert json.loads(out)["val_bpb"] > 0
+    assert named[0] == 2
+    assert named[2][-1].startswith("evaluate.attention.name=cudnn: it needs a CUDA device")
 
 
 def test_a_score_that_was_cut_short_goes_on(tmp_path):
