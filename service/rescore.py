@@ -48,17 +48,16 @@ from trainer.specs.model import ModelSpec
 from trainer.specs.recipe import Recipe
 from trainer.specs.task import FinalTask
 
-
-_KERNELS = {"attention", "fused"}
+_KERNELS = {"attention", "fused"}  # what of an evaluation's spec names kernels
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What may be told besides the model and the text.
 
-    `evaluate` sets dotted paths over the windows that a final was scored with, and may name kernels,
-    which are torch's own otherwise; `recipe` fits a public script's file;
-    `entry` is one of a bank; `budget_s` has the evaluation picked to take no longer.
+    `evaluate` sets dotted paths over how a final was scored, but for its kernels: they are torch's
+    own unless it names some. `recipe` fits a public script's file; `entry` is one of a bank;
+    `budget_s` has the evaluation picked to take no longer.
     """
 
     evaluate: tuple[tuple[str, Any], ...] = ()
