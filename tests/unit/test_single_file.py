@@ -133,6 +133,14 @@ def test_a_fused_recipe_has_the_kernels_and_their_plain_twins(tmp_path: Path) ->
     _check_unused(file.file)
 
 
+def test_a_recipe_whose_scores_alone_are_fused_has_the_kernels_of_these(tmp_path: Path) -> None:
+    file = written(tiny.recipe({"evaluate.fused": True}), tmp_path)
+
+    assert {"turn_heads", "relu2_mlp"} <= file.names
+    assert not {"mix_norm", "add_norm", "capped_loss"} & file.names
+    _check_unused(file.file)
+
+
 @pytest.mark.parametrize("name", ["flash_attn_4", "flash_attn_3", "flash_attn_2", "cudnn", "flash"])
 def test_of_the_attentions_only_the_named_ones_are_there(name: str, tmp_path: Path) -> None:
     kernel = {"name": name, "substitute": "torch"}
