@@ -43,7 +43,7 @@ def _launch(matrices: tuple[Tensor, ...], slope: float, *, is_backward: bool) ->
         # The blocks are those of a configuration: its hook sets them before each start.
         _project[grid](  # pyright: ignore[reportIndexIssue]
             *(TensorDescriptor.from_tensor(one, [1, 1]) for one in matrices),
-            *(num_rows, width, depth, slope),
+            *(num_rows, width, depth, slope, num_rows.bit_length() // 2),
             BACKWARD=is_backward,
             LEAKY=slope != 0,
         )
@@ -71,6 +71,7 @@ def _config(block: tuple[int, int, int], parts: int, at_once: int, stages: int, 
 
 # Which of them is fastest is measured at the first call of a shape, so that has to come before a
 # CUDA graph is captured. All add along K in the same order: the choice does not change the sums.
+# Rows count by powers of four, or a text of documents would be measured at length after length.
 _CONFIGS = [
     _config((128, 256, 64), parts=2, at_once=1, stages=3, warps=8),
     _config((128, 256, 64), parts=2, at_once=1, stages=4, warps=8),  # forwards only: its memory
@@ -112,10 +113,10 @@ def _finish(
     out_desc.store([row, column], out.to(out_desc.dtype))
 
 
-@triton.autotune(configs=_CONFIGS, key=["num_rows", "width", "depth", "BACKWARD", "LEAKY"])
+@triton.autotune(configs=_CONFIGS, key=["magnitude", "width", "depth", "BACKWARD", "LEAKY"])
 @triton.jit
 def _project(
-    a_desc, b_desc, kept_desc, out_desc, num_rows, width, depth, slope,
+    a_desc, b_desc, kept_desc, out_desc, num_rows, width, depth, slope, magnitude,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr, AT_ONCE: tl.constexpr,
     BACKWARD: tl.constexpr, LEAKY: tl.constexpr,
